@@ -1,0 +1,86 @@
+# `make` or `make help` lists what there is.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 8000
+FILE ?= examples/imagenet-lite/ensemble.yaml
+BIN := $(VENV)/bin
+CRD := crds/ensemble-operator.io_inferenceensembles.yaml
+POLICY := crds/ensemble-operator.io_inferenceensembles_policy.yaml
+STALE := { echo "crds/ is out of date: run 'make crd'" >&2; exit 1; }
+# Folders that do not exist yet are no reason to fail.
+CODE := $(wildcard operator worker tests benchmarks examples)
+
+.PHONY: help
+help:  ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-8s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(VENV)/.installed-demo models  ## Serve three ImageNet networks, classify a photograph, stop
+	@$(BIN)/python examples/imagenet-lite/demo.py --port $(PORT)
+
+.PHONY: serve
+serve: $(VENV)/.installed-demo models  ## Serve FILE (default: the ImageNet example) on PORT until Ctrl-C
+	@exec $(BIN)/ensemble serve $(FILE) --port $(PORT)
+
+.PHONY: digits
+digits: $(VENV)/.installed-demo  ## Train the four networks of the digits example
+	@$(BIN)/python examples/digits/train.py
+
+.PHONY: test
+test: $(VENV)/.installed-dev  ## Run the test suite; ARGS goes to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: bench
+bench: $(VENV)/.installed-dev models  ## Measure serving against the raw bound; ARGS goes to the benchmark
+	@$(BIN)/python -m benchmarks.serving $(ARGS)
+
+.PHONY: verify
+verify: $(VENV)/.installed-dev  ## Check format, lint, types, layers and generated files
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/mypy --untyped-calls-exclude skimage examples/imagenet-lite
+	$(BIN)/mypy examples/digits
+	$(BIN)/lint-imports
+	$(BIN)/python -m ensemble_operator.crd | diff -u $(CRD) - || $(STALE)
+	$(BIN)/python -m ensemble_operator.crd policy | diff -u $(POLICY) - || $(STALE)
+
+.PHONY: format
+format: $(VENV)/.installed-dev  ## Format the code and mend what ruff can mend
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+.PHONY: crd
+crd: $(VENV)/.installed-dev  ## Generate the CRD from the resource's types
+	$(BIN)/python -m ensemble_operator.crd > $(CRD).new && mv $(CRD).new $(CRD)
+	$(BIN)/python -m ensemble_operator.crd policy > $(POLICY).new && mv $(POLICY).new $(POLICY)
+
+.PHONY: clean
+clean:  ## Remove the virtual environment, exported models and caches
+	rm -rf $(VENV) build dist examples/*/models
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: models
+models: $(VENV)/.installed-demo
+	@$(BIN)/python examples/imagenet-lite/export.py
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "$(PYTHON) is not there, or older than Python 3.11: name one, as in 'make demo PYTHON=python3.12'" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "$(PYTHON) cannot make virtual environments: install its venv module (on Debian: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[local,demo]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.installed-demo

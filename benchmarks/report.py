@@ -1,0 +1,140 @@
+"""Windows to figures: medians, shares of the raw bound, verdicts and the table. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from benchmarks.loadgen import WindowResult
+from benchmarks.loads import Load, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# One system is ahead of another if it is in at least this share of the interleaved windows; else they tie.
+AHEAD_SHARE = 0.8
+BUSY_LOAD_SHARE = 0.9
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """The windows of one system under one load; `setting` is what was chosen for it."""
+
+    system: str
+    windows: tuple[WindowResult, ...]
+    setting: str = ""
+    target: Target = Target()
+
+    @property
+    def rows_per_s(self) -> float:
+        """The median rate."""
+        return statistics.median(w.rows_per_s for w in self.windows)
+
+    @property
+    def mistakes(self) -> int:
+        """Failed requests and wrong answers of all windows."""
+        return sum(w.failures + w.wrong for w in self.windows)
+
+
+class Cell(msgspec.Struct, frozen=True):
+    """One workload under one load: the raw bound's windows by setting, every system's in the order of time."""
+
+    workload: str
+    load: Load
+    raw: dict[str, tuple[float, ...]]
+    systems: tuple[Measured, ...]
+
+    @property
+    def bound_rows_per_s(self) -> float:
+        """The raw bound: the highest of the medians of the settings that were measured."""
+        return max(statistics.median(rates) for rates in self.raw.values())
+
+    @property
+    def bound_setting(self) -> str:
+        """The setting that the raw bound was reached with."""
+        return max(self.raw, key=lambda setting: statistics.median(self.raw[setting]))
+
+    def share(self, measured: Measured) -> float:
+        """A system's share of the raw bound."""
+        return measured.rows_per_s / self.bound_rows_per_s
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What `--json` writes. Memory is each server's, in bytes (PSS), when its windows were over."""
+
+    machine: dict[str, str]
+    window_s: float
+    windows: int
+    cells: tuple[Cell, ...]
+    memory_bytes: dict[str, dict[str, int]]
+
+
+def verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Who had the higher rate, window by window as they were interleaved: "ahead", "behind" or "tie"."""
+    won = sum(a > b for a, b in zip(ours, theirs, strict=True))
+    if won >= AHEAD_SHARE * len(ours):
+        return "ahead"
+    if won <= (1 - AHEAD_SHARE) * len(ours):
+        return "behind"
+    return "tie"
+
+
+def judge(cell: Cell, measured: Measured) -> list[str]:
+    """What was promised for this system here, and whether it is met; what makes the figures doubtful."""
+    said = []
+    share, target = cell.share(measured), measured.target
+    if target.share_of_raw:
+        said.append(f"target {target.share_of_raw:.2f} {'met' if share >= target.share_of_raw else 'MISSED'}")
+    if target.triton_share:
+        said.append(f"Triton's {target.triton_share:.2f} {'passed' if share > target.triton_share else 'NOT PASSED'}")
+    if measured.system == "ours":
+        rates = [w.rows_per_s for w in measured.windows]
+        peers = (peer for peer in cell.systems if peer.system == "mosec")
+        said += [f"mosec: {verdict(rates, [w.rows_per_s for w in peer.windows])}" for peer in peers]
+    if measured.mistakes:
+        cause = next((w.error for w in measured.windows if w.error), "wrong values")
+        said.append(f"{measured.mistakes} FAILED OR WRONG: {cause}")
+    if statistics.median(w.cpu_share for w in measured.windows) > BUSY_LOAD_SHARE:
+        said.append("the load generator is what limits")
+    return said
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """All cells as a Markdown table."""
+    lines = [
+        "| workload | load | system | rows/s | p50 ms | p99 ms | of raw | of mosec | load CPU | notes |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for cell in cells:
+        bound = f"{cell.bound_rows_per_s:,.0f} | | | 1.00 | | | {cell.bound_setting}"
+        lines.append(f"| {cell.workload} | {cell.load.name} | raw | {bound} |")
+        mosec = next((m for m in cell.systems if m.system == "mosec"), None)
+        lines += [_line(cell, measured, mosec) for measured in cell.systems]
+    return "\n".join(lines)
+
+
+def unmet(cells: Sequence[Cell]) -> list[str]:
+    """Every promise that was not met, and every mistake, a line each."""
+    marks = ("MISSED", "NOT PASSED", "FAILED", "mosec: behind")
+    return [
+        f"{cell.workload}, {cell.load.name}, {measured.system}: {text}"
+        for cell in cells
+        for measured in cell.systems
+        for text in judge(cell, measured)
+        if any(mark in text for mark in marks)
+    ]
+
+
+def _line(cell: Cell, measured: Measured, mosec: Measured | None) -> str:
+    p50 = statistics.median(w.p50_ms for w in measured.windows)
+    p99 = statistics.median(w.p99_ms for w in measured.windows)
+    cpu = statistics.median(w.cpu_share for w in measured.windows)
+    of_mosec = (
+        f"{measured.rows_per_s / mosec.rows_per_s:.2f}" if mosec and mosec.rows_per_s and mosec is not measured else ""
+    )
+    notes = "; ".join(filter(None, [measured.setting, *judge(cell, measured)]))
+    return (
+        f"| | | {measured.system} | {measured.rows_per_s:,.0f} | {p50:.2f} | {p99:.2f} | {cell.share(measured):.2f} "
+        f"| {of_mosec} | {cpu:.0%} | {notes} |"
+    )

@@ -1,0 +1,175 @@
+"""The searches: `greedy_paper`, the bounded greedy of the paper, and `greedy`, ours, which follows the bottleneck.
+
+Both start from a feasible layout and only ever get better. Both are deterministic for a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ensemble_operator.allocation.layout import Layout, Line
+from ensemble_operator.allocation.matrix import Matrix
+from ensemble_operator.allocation.memory import is_feasible
+from ensemble_operator.allocation.moves import Surroundings, together
+from ensemble_operator.allocation.problem import Problem
+from ensemble_operator.allocation.tables import Tables
+from ensemble_operator.allocation.throughput import Solution, solve
+
+Score = Callable[[Matrix], float]
+
+
+class SearchStopped(Exception):
+    """Raised by a score to end the search, which then keeps the best so far."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """What a search did: how much it scored, the best score after each step that improved, and the layouts then."""
+
+    evaluations: int = 0
+    steps: list[float] = field(default_factory=list)
+    improved: list[Layout] = field(default_factory=list)
+
+
+def greedy_paper(
+    problem: Problem, start: Matrix, score: Score, max_iterations: int, max_neighbours: int, seed: int, trace: Trace
+) -> tuple[Matrix, float]:
+    """Bounded greedy (arXiv 2208.14049, algorithm 2): the best matrix and its score.
+
+    Neighbours differ in one cell. At most `max_neighbours` of them, drawn without replacement, are scored per step,
+    those that lack a member or do not fit as 0; the best is taken if it improves; at most `max_iterations` steps.
+    """
+    draw = np.random.default_rng(seed)
+    sizes = (0, *problem.batch_sizes)
+    best, best_score = start, 0.0
+    neighbour, neighbour_score = start, 0.0
+    try:
+        trace.evaluations += 1
+        best_score = neighbour_score = score(start)
+        for _ in range(max_iterations):
+            count = best.sizes.size * (len(sizes) - 1)
+            for index in draw.choice(count, size=min(max_neighbours, count), replace=False):
+                candidate = _one_cell_away(best, sizes, int(index))
+                trace.evaluations += 1
+                found = score(candidate) if is_feasible(problem, candidate) else 0.0
+                if found > neighbour_score:
+                    neighbour, neighbour_score = candidate, found
+            if neighbour_score <= best_score:
+                break
+            best, best_score = neighbour, neighbour_score
+            trace.steps.append(best_score)
+    except SearchStopped:
+        pass
+    return neighbour, neighbour_score
+
+
+def _one_cell_away(matrix: Matrix, sizes: tuple[int, ...], index: int) -> Matrix:
+    """The index-th neighbour: a cell in row-major order, with one of the sizes that it does not hold."""
+    cell, choice = divmod(index, len(sizes) - 1)
+    device, member = divmod(cell, len(matrix.members))
+    others = [size for size in sizes if size != matrix.sizes[device, member]]
+    return matrix.with_cell(device, member, others[choice])
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    layout: Layout
+    solution: Solution
+
+    @property
+    def rank(self) -> tuple[float, ...]:
+        """What is compared: the slowest part first, then the next, so that equal bottlenecks can fall one by one."""
+        return tuple(float(f"{rate:.9g}") for rate in np.sort(self.solution.reach))
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How far a search goes: it ends at `goal_rows_per_s`, or when descents times neighbours layouts are solved."""
+
+    goal_rows_per_s: float
+    max_iterations: int = 10
+    max_neighbours: int = 100
+    seed: int = 0
+
+    def is_spent(self, trace: Trace) -> bool:
+        """Whether as many layouts are solved as the paper's greedy would score."""
+        return trace.evaluations >= self.max_iterations * self.max_neighbours
+
+
+def greedy(tables: Tables, starts: list[Layout], effort: Effort, trace: Trace) -> Layout:
+    """The best layout found by descents from the starts, best start first, then from disturbed bests.
+
+    A descent takes the best neighbour that follows the bottleneck, until none improves. There are at most
+    `max_iterations` descents; with 0 the best start is returned as it is.
+    """
+    draw = np.random.default_rng(effort.seed)
+    points = sorted((_solved(tables, layout, trace) for layout in starts), key=lambda p: p.rank, reverse=True)
+    best = points[0]
+    _note(trace, best)
+    for iteration in range(effort.max_iterations):
+        if best.solution.rows_per_s >= effort.goal_rows_per_s or effort.is_spent(trace):
+            break
+        fresh = points[iteration] if iteration < len(points) else _solved(tables, _disturbed(best.layout, draw), trace)
+        point = _descend(tables, fresh, effort, trace)
+        if point.rank > best.rank:
+            best = point
+            _note(trace, best)
+    return best.layout
+
+
+def _note(trace: Trace, point: _Point) -> None:
+    trace.steps.append(point.solution.rows_per_s)
+    trace.improved.append(point.layout)
+
+
+def _descend(tables: Tables, point: _Point, effort: Effort, trace: Trace) -> _Point:
+    while point.solution.rows_per_s < effort.goal_rows_per_s and not effort.is_spent(trace):
+        neighbour = _best_neighbour(tables, point, effort.max_neighbours, trace)
+        if neighbour is None:
+            break
+        point = neighbour
+    return point
+
+
+def _best_neighbour(tables: Tables, point: _Point, max_neighbours: int, trace: Trace) -> _Point | None:
+    """The best of the neighbours, of which only those are solved that no known prices rule out."""
+    around = Surroundings(tables, point.layout, point.solution)
+    moves = around.moves(max_neighbours)
+    if len(moves) > 1:
+        moves = [together(moves), *moves]
+    bounds = around.bounds(moves, point.solution.prices)
+    best = point
+    for index in range(len(moves)):
+        if bounds[index] < best.solution.rows_per_s * (1 - 1e-9):
+            continue
+        layout = point.layout.changed(moves[index].changes)
+        if not layout.instances().all():
+            continue
+        found = _solved(tables, layout, trace)
+        if found.rank > best.rank:
+            best = found
+        np.minimum(bounds, around.bounds(moves, found.solution.prices), out=bounds)
+    return best if best is not point else None
+
+
+def _solved(tables: Tables, layout: Layout, trace: Trace) -> _Point:
+    trace.evaluations += 1
+    return _Point(layout, solve(tables, layout))
+
+
+def _disturbed(layout: Layout, draw: np.random.Generator) -> Layout:
+    """The layout with a third of its shared members' instances gone, at most one a device: room for another order."""
+    spare = layout.instances()
+    lines = []
+    for line in layout.lines:
+        row = list(line.row)
+        removable = [m for m, level in enumerate(row) if level and spare[m] > line.devices]
+        if removable and draw.random() < 1 / 3:
+            member = int(draw.choice(removable))
+            spare[member] -= line.devices
+            row[member] = 0
+        lines.append(Line(line.pool, tuple(row), line.devices))
+    return Layout.of(lines)

@@ -1,0 +1,169 @@
+"""The strategies for the largest throughput: starts, search, bound, further copies, measured candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ensemble_operator.allocation.errors import DoesNotFit
+from ensemble_operator.allocation.exact import exact, is_small
+from ensemble_operator.allocation.greedy import Effort, SearchStopped, Trace, greedy, greedy_paper
+from ensemble_operator.allocation.layout import Layout, layout_of, matrix_of
+from ensemble_operator.allocation.matrix import Matrix
+from ensemble_operator.allocation.options import PlanOptions
+from ensemble_operator.allocation.problem import Problem
+from ensemble_operator.allocation.program import Assignment, Groups, Limits, most_rows_per_s, relaxed
+from ensemble_operator.allocation.rounding import rounded
+from ensemble_operator.allocation.throughput import rows_per_s
+from ensemble_operator.allocation.worstfit import fill, worst_fit
+
+Evaluate = Callable[[Matrix], float]
+
+# Less than this share of the bound left to gain is less than profiles are true.
+CLOSE_ENOUGH = 2e-3
+# Up to so many cells a completely filled matrix is one of the starts.
+MAX_FILLED_CELLS = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A matrix, the bound of any over the same devices, and how it was found."""
+
+    matrix: Matrix
+    bound_rows_per_s: float
+    evaluations: int
+    tried: tuple[str, ...]
+    measured_rows_per_s: float | None = None
+
+
+@dataclass(slots=True)
+class _Search:
+    """One search: what it works on, and what it has tried so far."""
+
+    problem: Problem
+    options: PlanOptions
+    evaluate: Evaluate | None
+    bound: float = np.inf
+    trace: Trace = field(default_factory=Trace)
+    tried: list[str] = field(default_factory=list)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(time_s=self.options.time_limit_s)
+
+    def note(self, what: str) -> None:
+        self.tried.append(what)
+
+
+def most(
+    problem: Problem, options: PlanOptions, evaluate: Evaluate | None = None, goal_rows_per_s: float = np.inf
+) -> Outcome:
+    """The largest throughput, or the first that reaches the goal. Raises DoesNotFit."""
+    search = _Search(problem, options, evaluate)
+    start = _first_feasible(search)
+    groups = Groups.pooled(problem.tables)
+    loose = relaxed(problem.tables, groups)
+    pooled = most_rows_per_s(problem.tables, groups, search.limits, loose.bound)
+    search.bound = min(loose.bound, pooled.bound)
+    search.note(f"bound over all matrices: {search.bound:.6g} rows/s")
+    if options.strategy == "greedy-paper":
+        matrix, measured = _by_paper(search, start)
+    else:
+        matrix = _by_greedy(search, _starts(problem, start, [loose, pooled]), goal_rows_per_s)
+        if options.strategy == "exact":
+            matrix = _by_program(search, matrix)
+        matrix, measured = _by_measurement(search, _with_copies(search, matrix))
+    return Outcome(matrix, search.bound, search.trace.evaluations, tuple(search.tried), measured)
+
+
+def _first_feasible(search: _Search) -> Matrix:
+    """Worst-fit decreasing, or what the program finds where that rule does not. Raises the rule's DoesNotFit."""
+    try:
+        matrix = worst_fit(search.problem)
+        search.note(f"worst-fit decreasing: {rows_per_s(search.problem, matrix):.6g} rows/s")
+    except DoesNotFit:
+        packed, _ = exact(search.problem, search.limits)
+        if packed is None:
+            raise
+        matrix = packed
+        search.note("worst-fit decreasing finds no room for every member; the mixed-integer program does")
+    return matrix
+
+
+def _by_paper(search: _Search, start: Matrix) -> tuple[Matrix, float | None]:
+    problem, options = search.problem, search.options
+    score = search.evaluate or (lambda matrix: rows_per_s(problem, matrix))
+    effort = options.max_iterations, options.max_neighbours, options.seed
+    matrix, best = greedy_paper(problem, start, score, *effort, search.trace)
+    search.note(f"greedy-paper: {best:.6g} rows/s, {_effort(search.trace)}")
+    return matrix, best if search.evaluate else None
+
+
+def _by_greedy(search: _Search, starts: list[Layout], goal_rows_per_s: float) -> Matrix:
+    problem, options = search.problem, search.options
+    goal = min(search.bound * (1 - CLOSE_ENOUGH), goal_rows_per_s)
+    effort = Effort(goal, options.max_iterations, options.max_neighbours, options.seed)
+    best = greedy(problem.tables, starts, effort, search.trace)
+    search.note(f"greedy: {search.trace.steps[-1]:.6g} rows/s, {_effort(search.trace)}")
+    return matrix_of(problem, best)
+
+
+def _starts(problem: Problem, start: Matrix, assignments: list[Assignment]) -> list[Layout]:
+    """The feasible start, the same with its memory filled, and what the program over pools says, made whole."""
+    tables = problem.tables
+    starts = [layout_of(problem, start)]
+    if start.sizes.size <= MAX_FILLED_CELLS:
+        starts.append(layout_of(problem, fill(problem, start)))
+    # An incomplete solution depends on how fast this machine is, and the same seed shall give the same matrix.
+    found = (rounded(tables, assignment) for assignment in assignments if assignment.complete)
+    return starts + [layout for layout in found if layout]
+
+
+def _by_program(search: _Search, matrix: Matrix) -> Matrix:
+    """The better of the matrix and the program's, with the program's bound where that is lower."""
+    problem = search.problem
+    if not is_small(problem):
+        search.note("exact: too many possible instances for the program; the greedy's matrix is kept")
+        return matrix
+    found, bound = exact(problem, search.limits, search.bound)
+    search.bound = min(search.bound, bound)
+    score = rows_per_s(problem, found) if found else 0.0
+    search.note(f"exact: {score:.6g} rows/s, proven to be at most {bound:.6g}")
+    return found if found and score > rows_per_s(problem, matrix) else matrix
+
+
+def _with_copies(search: _Search, matrix: Matrix) -> Matrix:
+    """With so many instances of every member as wanted, as far as memory allows and throughput does not fall."""
+    before = rows_per_s(search.problem, matrix)
+    filled = fill(search.problem, matrix, copies=search.options.copies)
+    added = filled.instance_count - matrix.instance_count
+    if filled == matrix or rows_per_s(search.problem, filled) < before:
+        return matrix
+    search.note(f"further copies, for when a device is busy or lost: {added}")
+    return filled
+
+
+def _by_measurement(search: _Search, matrix: Matrix) -> tuple[Matrix, float | None]:
+    """The best of the search's matrices as measured, those that the model likes best first."""
+    if search.evaluate is None:
+        return matrix, None
+    earlier = (matrix_of(search.problem, layout) for layout in reversed(search.trace.improved))
+    candidates = list(dict.fromkeys([matrix, *earlier]))[: search.options.max_neighbours]
+    best, best_score = matrix, None
+    try:
+        for candidate in candidates:
+            score = search.evaluate(candidate)
+            search.note(
+                f"measured: {score:.6g} rows/s where the model says {rows_per_s(search.problem, candidate):.6g}"
+            )
+            if best_score is None or score > best_score:
+                best, best_score = candidate, score
+    except SearchStopped:
+        search.note("measuring was stopped; the best so far is kept")
+    return best, best_score
+
+
+def _effort(trace: Trace) -> str:
+    return f"{trace.evaluations} matrices scored, {len(trace.steps)} times better"

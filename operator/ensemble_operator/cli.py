@@ -1,0 +1,81 @@
+"""The command `ensemble`: finds the subcommand, and turns what went wrong into one message and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+
+from ensemble_operator.addresses import AddressUnavailable
+from ensemble_operator.allocation.errors import AllocationError, DoesNotFit
+from ensemble_operator.commands import crd, devices, serve
+from ensemble_operator.errors import EnsembleError, InvalidSpec
+from ensemble_operator.exits import ExitCode
+from ensemble_operator.preparation import ModelUnavailable
+from ensemble_operator.resource_file import ResourceUnreadable
+
+COMMANDS = (serve, devices, crd)
+
+# The first that fits; what is not listed is unexpected and shows its traceback.
+EXIT_CODES: tuple[tuple[type[Exception], ExitCode], ...] = (
+    (InvalidSpec, ExitCode.INVALID_RESOURCE),
+    (ResourceUnreadable, ExitCode.INVALID_RESOURCE),
+    (ModelUnavailable, ExitCode.MODEL_UNAVAILABLE),
+    (DoesNotFit, ExitCode.NOTHING_FITS),
+    (AddressUnavailable, ExitCode.ADDRESS_UNAVAILABLE),
+    (EnsembleError, ExitCode.UNEXPECTED),
+    (AllocationError, ExitCode.UNEXPECTED),
+    (OSError, ExitCode.UNEXPECTED),
+)
+
+EPILOG = """exit codes:
+  0  done, or stopped as asked
+  1  something unexpected
+  2  wrong usage
+  3  the resource cannot be read, or is not valid
+  4  a model cannot be loaded, and no quorum is left without it
+  5  the members do not fit into the memory of the devices
+  6  the address cannot be listened on
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="ensemble",
+        description="Serve ensembles of deep neural networks.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ensemble {_version()}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_to(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except BrokenPipeError:
+        # Whoever read our output has enough of it. The interpreter's own flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
+    except tuple(kind for kind, _ in EXIT_CODES) as error:
+        print(f"ensemble: {error}", file=sys.stderr)
+        return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("ensemble-operator")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"

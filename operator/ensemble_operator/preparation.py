@@ -1,0 +1,162 @@
+"""What `ensemble serve` decides before it starts a process: the resource read, members measured, the matrix planned."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ensemble_contract.plan import ModelSource
+from ensemble_operator import resource_file
+from ensemble_operator.addresses import check_address
+from ensemble_operator.allocation.matrix import Matrix
+from ensemble_operator.allocation.problem import Problem
+from ensemble_operator.allocation.worstfit import fill, worst_fit
+from ensemble_operator.api import InferenceEnsemble, cluster_only, not_acted_upon
+from ensemble_operator.errors import EnsembleError
+from ensemble_operator.live import Screen
+from ensemble_operator.measurements import (
+    Device,
+    Measurement,
+    agreed_tensors,
+    declared,
+    planning_problem,
+    sizes_to_measure,
+)
+from ensemble_operator.measuring import Measurer, Task, find_devices
+from ensemble_operator.plans import Tensors, model_source
+
+MEASURE_BUDGET_S = 2.0
+ROW_CACHE_BYTES = 256 << 20
+
+
+class ModelUnavailable(EnsembleError):
+    """Fewer members can be loaded than the quorum needs; the message names each with its URI and the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What the command line says. `runtime_base` is where the private folder shall lie, if anywhere in particular."""
+
+    file: Path
+    host: str
+    port: int
+    cpu_devices: int | None
+    cache_folder: Path
+    runtime_base: str | None
+    link: str
+    encryption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Everything that is decided before the first process starts. `unloadable` has the cause by member."""
+
+    ensemble: InferenceEnsemble
+    devices: Mapping[str, Device]
+    sources: Mapping[str, ModelSource]
+    tensors: Tensors
+    problem: Problem
+    matrix: Matrix
+    unloadable: Mapping[str, str]
+
+    @property
+    def placed(self) -> dict[str, tuple[str, ...]]:
+        """The devices of every placed member."""
+        return {name: tuple(self.matrix.column(index)) for index, name in enumerate(self.matrix.members)}
+
+
+async def prepare(options: ServeOptions, screen: Screen) -> Planned:
+    """Read, find devices, measure, plan.
+
+    Raises what is wrong, of the resource, the address, the models or the memory.
+    """
+    ensemble = resource_file.load(options.file)
+    _say_what_is_set_aside(ensemble, screen)
+    await asyncio.to_thread(check_address, options.host, options.port)
+    labels = await asyncio.to_thread(resource_file.read_labels, ensemble)
+    devices = await find_devices(options.cpu_devices)
+    screen.note(f"{len(devices)} devices: " + ", ".join(f"{d.name} ({d.device_class})" for d in devices))
+    members = ensemble.spec.members
+    resolved = {m.name: await asyncio.to_thread(resource_file.with_real_digest, m) for m in members}
+    sources = {m.name: model_source(m, resolved[m.name]) for m in members}
+    known = {name: bool(member.model.sha256) for name, member in resolved.items()}
+    measured = await _measure(ensemble, devices, sources, known, options, screen)
+    unloadable = _unloadable(ensemble, measured, sources)
+    signatures = {name: m.signature for (name, _), m in measured.items() if m.points}
+    inputs, outputs = agreed_tensors(ensemble, signatures)
+    problem = planning_problem(
+        devices, measured, headroom=ensemble.spec.devices.memory_headroom, held_bytes=_held(ensemble, devices, options)
+    )
+    matrix = fill(problem, worst_fit(problem))
+    for name, cause in unloadable.items():
+        screen.warn(f"served without {name}: {cause}")
+    tensors = Tensors(inputs, outputs, labels)
+    return Planned(ensemble, {d.name: d for d in devices}, sources, tensors, problem, matrix, unloadable)
+
+
+async def _measure(
+    ensemble: InferenceEnsemble,
+    devices: tuple[Device, ...],
+    sources: Mapping[str, ModelSource],
+    known: Mapping[str, bool],
+    options: ServeOptions,
+    screen: Screen,
+) -> dict[tuple[str, str], Measurement]:
+    """Every member on every class of device: declared where the resource says all of it, else measured."""
+    spec = ensemble.spec
+    classes = {d.device_class for d in devices}
+    found = {(m.name, c): declared(m, c) for m in spec.members for c in classes}
+    tells_tensors = bool(spec.inputs and spec.outputs)
+    open_members = [m for m in spec.members if not (tells_tensors and all(found[m.name, c].points for c in classes))]
+    sizes = sizes_to_measure(spec.batching.sizes)
+    tasks = {
+        m.name: Task(sources[m.name], known[m.name], spec.inputs, spec.outputs, sizes, MEASURE_BUDGET_S)
+        for m in open_members
+    }
+    return {**found, **await Measurer(devices, options.cache_folder, screen.note).measure(tasks)}
+
+
+def _unloadable(
+    ensemble: InferenceEnsemble, measured: Mapping[tuple[str, str], Measurement], sources: Mapping[str, ModelSource]
+) -> dict[str, str]:
+    """Members that no device can load, with the cause.
+
+    Raises ModelUnavailable if the rest is no quorum.
+    """
+    loadable = {name for (name, _), m in measured.items() if m.points}
+    causes = {name: m.error for (name, _), m in measured.items() if name not in loadable}
+    check_quorum(ensemble, causes, sources)
+    return causes
+
+
+def check_quorum(ensemble: InferenceEnsemble, causes: Mapping[str, str], sources: Mapping[str, ModelSource]) -> None:
+    """Check that enough members are left without those that have failed.
+
+    Raises ModelUnavailable, with the cause of each.
+    """
+    members, quorum = ensemble.spec.members, ensemble.spec.combine.quorum
+    able = len(members) - len(causes)
+    if able >= max(1, quorum):
+        return
+    lines = []
+    for name, cause in causes.items():
+        known = cause if sources[name].uri in cause else f"member {name!r} ({sources[name].uri}): {cause}"
+        lines.append(known)
+    lines.append(f"{able} of {len(members)} members can be loaded, and spec.combine.quorum needs {quorum}")
+    raise ModelUnavailable("\n".join(lines))
+
+
+def _held(ensemble: InferenceEnsemble, devices: tuple[Device, ...], options: ServeOptions) -> dict[str, int]:
+    """What rows take on a device, by its kind: on CPUs a share of the row store, and each worker's own cache."""
+    cpus = sum(d.kind == "cpu" for d in devices)
+    cache = ROW_CACHE_BYTES if options.link == "zeromq" else 0
+    return {"cpu": ensemble.spec.batching.max_queue_bytes // max(1, cpus) + cache, "cuda": ROW_CACHE_BYTES}
+
+
+def _say_what_is_set_aside(ensemble: InferenceEnsemble, screen: Screen) -> None:
+    if aside := cluster_only(ensemble):
+        screen.note(f"set aside, they describe a cluster: {', '.join(aside)}")
+    if ahead := not_acted_upon(ensemble):
+        screen.warn(f"accepted, and not acted upon yet: {', '.join(ahead)}")

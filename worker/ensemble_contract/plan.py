@@ -1,0 +1,159 @@
+"""The plan: what each worker runs and what each gateway serves. JSON with camelCase names, pushed over admin APIs.
+
+A plan has a generation and the highest wins. Members are listed once; a worker's row is sparse.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from ensemble_contract.errors import InvalidPlan
+from ensemble_contract.tensors import FLOATING, TensorSpec
+
+MAX_PLAN_BYTES = 900_000
+
+RULES = ("mean", "weightedMean", "geometricMean", "median", "max", "min", "vote", "weightedVote", "none")
+WEIGHTED_RULES = frozenset({"weightedMean", "weightedVote"})
+INTEGER_RULES = frozenset({"max", "min", "none"})
+FORMATS = ("torch-export", "torchscript", "onnx")
+ACTIVATIONS = ("none", "softmax", "sigmoid")
+
+
+class ModelSource(msgspec.Struct, frozen=True, rename="camel"):
+    """Where a member's model file is and what it must be.
+
+    `digest` identifies what answers: it changes whenever the file, its format or its activation does.
+    """
+
+    name: str
+    digest: str
+    uri: str
+    format: str
+    activation: str = "none"
+    sha256: str = ""
+    version: str = "1"
+
+
+class Instance(msgspec.Struct, frozen=True, rename="camel"):
+    """A cell of the allocation matrix: a member on this worker's device, with its batch size in rows."""
+
+    member: str
+    batch_size: int
+
+
+class WorkerPlan(msgspec.Struct, frozen=True, rename="camel"):
+    """A row of the allocation matrix, as its worker needs it.
+
+    `row_cache_bytes` bounds the rows that gateways may leave in the worker (across pods; unused in shared memory).
+    """
+
+    generation: int
+    ensemble: str
+    worker: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    members: tuple[ModelSource, ...]
+    instances: tuple[Instance, ...]
+    row_cache_bytes: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        """Check that the instances name listed members once, with positive batch sizes."""
+        _check_tensors(self.inputs, self.outputs)
+        names = [m.name for m in self.members]
+        if len(set(names)) != len(names):
+            raise InvalidPlan("members: a name is listed twice")
+        placed = [i.member for i in self.instances]
+        if len(set(placed)) != len(placed):
+            raise InvalidPlan("instances: a member is placed twice on one device")
+        for instance in self.instances:
+            if instance.member not in names:
+                raise InvalidPlan(f"instances: member {instance.member!r} is not listed in members")
+            if not 1 <= instance.batch_size <= 65_536:
+                raise InvalidPlan(
+                    f"instances: batch size {instance.batch_size} of {instance.member!r} is not in 1..65536"
+                )
+
+
+class ServedMember(msgspec.Struct, frozen=True, rename="camel"):
+    """A member as the gateway sees it: which digest answers for it now, and how much its answer weighs."""
+
+    name: str
+    digest: str
+    version: str = "1"
+    weight: float = 1.0
+    format: str = "torch-export"
+    activation: str = "none"
+
+
+class WorkerAddress(msgspec.Struct, frozen=True, rename="camel"):
+    """A worker's name and data address: `unix:PATH` (shared memory) or `tcp://HOST:PORT` (ZeroMQ)."""
+
+    name: str
+    address: str
+
+
+class GatewayPlan(msgspec.Struct, frozen=True, rename="camel"):
+    """What a gateway serves, with which rule, from which workers. Instances are what workers report live."""
+
+    generation: int
+    ensemble: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    members: tuple[ServedMember, ...]
+    workers: tuple[WorkerAddress, ...]
+    rule: str = "mean"
+    quorum: int = 0
+    labels: dict[str, tuple[str, ...]] = {}
+    timeout_s: float = 30.0
+    max_delay_s: float = 0.0
+    max_queue_bytes: int = 512 << 20
+    version: str = "1"
+
+    def __post_init__(self) -> None:
+        """Check rule, quorum and names. A quorum of 0 means all members."""
+        _check_tensors(self.inputs, self.outputs)
+        names = [m.name for m in self.members]
+        if not names or len(set(names)) != len(names):
+            raise InvalidPlan("members: at least one, each with a name of its own")
+        if self.rule not in RULES:
+            raise InvalidPlan(f"rule: {self.rule!r} is not one of {', '.join(RULES)}")
+        if self.rule not in INTEGER_RULES and any(o.datatype not in FLOATING for o in self.outputs):
+            raise InvalidPlan(f"rule: {self.rule!r} needs floating outputs")
+        if not 0 <= self.quorum <= len(names):
+            raise InvalidPlan(f"quorum: {self.quorum} is not in 1..{len(names)}")
+
+
+def _check_tensors(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+    for field, tensors in (("inputs", inputs), ("outputs", outputs)):
+        names = [t.name for t in tensors]
+        if not names or len(set(names)) != len(names):
+            raise InvalidPlan(f"{field}: at least one, each with a name of its own")
+
+
+PlanT = TypeVar("PlanT", WorkerPlan, GatewayPlan)
+
+
+def encode_plan(plan: WorkerPlan | GatewayPlan) -> bytes:
+    """The JSON of a plan.
+
+    Raises InvalidPlan if it is over 900 kB, which a ConfigMap could not hold.
+    """
+    text = msgspec.json.encode(plan)
+    if len(text) > MAX_PLAN_BYTES:
+        raise InvalidPlan(f"the plan has {len(text)} bytes, over the limit of {MAX_PLAN_BYTES}")
+    return text
+
+
+def decode_plan(text: bytes, form: type[PlanT]) -> PlanT:
+    """A plan from its JSON.
+
+    Raises InvalidPlan with the path of what is wrong.
+    """
+    if len(text) > MAX_PLAN_BYTES:
+        raise InvalidPlan(f"the plan has {len(text)} bytes, over the limit of {MAX_PLAN_BYTES}")
+    try:
+        return msgspec.json.decode(text, type=form)
+    except msgspec.DecodeError as error:
+        raise InvalidPlan(str(error)) from error

@@ -1,0 +1,61 @@
+"""`python -m ensemble_gateway`: start a gateway from its arguments."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import uvloop
+from ensemble_contract.errors import InvalidPlan
+from ensemble_contract.keys import KeyFiles
+from ensemble_contract.plan import GatewayPlan, decode_plan
+
+from ensemble_gateway.app import Options, serve
+
+EXIT_USAGE = 2
+EXIT_PLAN = 3
+EXIT_ADDRESS = 6
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until stopped; the exit code says what was wrong: 2 usage, 3 plan or keys, 6 an address cannot be bound."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s gateway %(message)s")
+    host, _, port = options.http.rpartition(":")
+    try:
+        plan = decode_plan(options.plan.read_bytes(), GatewayPlan)
+        keys = KeyFiles.read(options.keys) if options.keys else None
+    except (OSError, InvalidPlan, ValueError) as error:
+        print(f"gateway: {options.plan}: {error}", file=sys.stderr)  # noqa: T201  # the parent reads it
+        return EXIT_PLAN
+    token = os.environ.get("ENSEMBLE_ADMIN_TOKEN", "")
+    try:
+        uvloop.run(
+            serve(
+                Options(host.strip("[]") or "0.0.0.0", int(port), options.admin, plan, keys, token, options.parent_pid)
+            )  # noqa: S104  # a server's default
+        )
+    except OSError as error:
+        print(f"gateway: cannot listen on {options.http}: {error.strerror or error}", file=sys.stderr)  # noqa: T201
+        return EXIT_ADDRESS
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ensemble_gateway", description="The gateway of one ensemble.")
+    parser.add_argument(
+        "--http", required=True, metavar="HOST:PORT", help="where clients connect; port 0 takes a free one"
+    )
+    parser.add_argument("--admin", required=True, metavar="ADDRESS", help="admin API: unix:PATH or tcp://HOST:PORT")
+    parser.add_argument("--plan", required=True, type=Path, help="the first GatewayPlan, a JSON file")
+    parser.add_argument("--keys", type=Path, help="folder of CURVE keys for tcp:// workers")
+    parser.add_argument("--parent-pid", type=int, default=0, help="exit when this process is gone")
+    parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

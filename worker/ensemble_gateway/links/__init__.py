@@ -1,0 +1,64 @@
+"""Links to workers: the same messages over ZeroMQ (`zeromq`) and in shared memory (`shared`).
+
+The only place of the gateway that knows sockets to workers. A link connects by itself, again and again, and tells its
+owner what the worker can run, what it has answered, and that it was lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ensemble_contract.wire import Failed, Result, State
+from ensemble_gateway.dispatcher import Batch
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SILENCE_S = 3.0
+HEARTBEAT_S = 1.0
+
+
+class LinkOwner(Protocol):
+    """Whom a link tells. Called on the event loop; outputs are views that are valid during the call only."""
+
+    def worker_state(self, state: State) -> None:
+        """The worker says what it can run."""
+
+    def worker_result(self, result: Result, outputs: Sequence[Array]) -> None:
+        """A batch is answered; one array an output, of shape (rows, *shape)."""
+
+    def worker_failed(self, failed: Failed) -> None:
+        """A batch could not be run."""
+
+    def worker_lost(self, worker: str, reason: str) -> None:
+        """The worker is gone; the link goes on trying to reach it."""
+
+    def settled(self) -> None:
+        """All messages that were there have been told."""
+
+
+class Link(Protocol):
+    """A worker as the pipeline sees it."""
+
+    worker: str
+    connected: bool
+
+    def start(self) -> None:
+        """Begin to connect."""
+
+    def send(self, batch: Batch) -> None:
+        """Send a batch; its rows are in the store."""
+
+    def flush(self) -> None:
+        """Make the worker see what was sent."""
+
+    def forget(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """These slots of the store are free again."""
+
+    def reset(self, reason: str) -> None:
+        """Give the connection up, as lost, and connect anew."""
+
+    def close(self) -> None:
+        """Say goodbye and release everything."""

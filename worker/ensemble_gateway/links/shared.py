@@ -1,0 +1,283 @@
+"""The link to a worker on the same machine: rows, descriptors and results in shared memory, eventfds as doorbells.
+
+A Unix socket carries what is rare (Hello with the file descriptors, State, Bye), and its end tells at once that the
+worker is gone. Every connection has rings and a result arena of its own, so that a worker that was given up and comes
+back to life cannot write where anybody still reads. Nothing has a name that would have to be unlinked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import socket
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ensemble_contract import wire
+from ensemble_contract.errors import ProtocolError
+from ensemble_contract.layout import StoreLayout, aligned, result_offsets
+from ensemble_contract.ring import HEADER_BYTES, Ring
+from ensemble_contract.tensors import rows_of
+from ensemble_gateway.dispatcher import Batch
+from ensemble_gateway.links import LinkOwner
+from ensemble_gateway.links.cache import CacheMap, Slots
+from ensemble_gateway.rowstore import RowStore
+
+RING_BYTES = HEADER_BYTES + (1 << 20)
+# Only the pages that results have touched take memory.
+ARENA_BYTES = 16 << 30
+RETRY_S = 0.1
+
+
+class SharedMemory:
+    """Anonymous memory with a file descriptor that can be passed to another process."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, size)
+        self._map = mmap.mmap(self.fd, size)
+        self.memory = memoryview(self._map)
+
+    def close(self) -> None:
+        """Drop it here; it is gone when the last process has let go of it."""
+        os.close(self.fd)
+
+
+class Arena:
+    """Places for results: blocks of powers of two, used again last in, first out, so that few pages are touched."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._next = 0
+        self._free: dict[int, list[int]] = {}
+
+    def take(self, size: int) -> int:
+        """The offset of a block of at least `size` bytes.
+
+        Raises MemoryError when the arena is used up, which batches in flight cannot do by themselves.
+        """
+        block = 1 << max(12, (size - 1).bit_length())
+        free = self._free.get(block)
+        if free:
+            return free.pop()
+        if self._next + block > self._size:
+            raise MemoryError(f"no block of {block} bytes left for results")
+        at = self._next
+        self._next += block
+        return at
+
+    def give(self, offset: int, size: int) -> None:
+        """Free a block."""
+        self._free.setdefault(1 << max(12, (size - 1).bit_length()), []).append(offset)
+
+
+class SharedLink:
+    """One worker, by the path of its Unix socket."""
+
+    def __init__(
+        self, worker: str, path: str, memory: SharedMemory, store: RowStore, gateway: str, owner: LinkOwner,
+    ) -> None:  # fmt: skip
+        self.worker = worker
+        self.connected = False
+        self._path = path
+        self._memory = memory
+        self._layout = store.layout
+        self._outputs = store.output_specs
+        self._gateway = gateway
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        self._retry: asyncio.TimerHandle | None = None
+        self._session: _Session | None = None
+        self._cache: CacheMap | None = None
+        self._cache_rows = 0
+
+    def start(self) -> None:
+        """Connect now, and again every 100 ms until the worker is there."""
+        self._retry = None
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            sock.connect(self._path)
+            session = _Session(sock)
+            session.greet(self._gateway, self._memory, self._layout)
+        except OSError:
+            sock.close()
+            self._retry = self._loop.call_later(RETRY_S, self.start)
+            return
+        self._session = session
+        self._loop.add_reader(sock.fileno(), self._control)
+        self._loop.add_reader(session.to_gateway, self._drain)
+
+    def send(self, batch: Batch) -> None:
+        """Write the batch's Run into the ring, behind a Put of the rows that a device with a cache of its own lacks."""
+        session = self._session
+        if session is None:
+            return
+        ranges, pinned = batch.ranges, None
+        if self._cache is not None:
+            placement = self._cache.place(ranges)
+            if placement is None:
+                raise RuntimeError(f"worker {self.worker} granted a cache smaller than its batches in flight")
+            if placement.missing_cache:
+                session.push(wire.encode_put(placement.missing_cache, placement.missing_store))
+            ranges, pinned = placement.rows, placement.pinned
+        starts, size = result_offsets(self._outputs, batch.rows)
+        at = session.arena.take(size)
+        session.in_flight[batch.id] = _Flight(at, size, starts, batch.rows, pinned)
+        session.push(wire.encode_run(batch.id, batch.instance.id, batch.rows, at, ranges))
+
+    def flush(self) -> None:
+        """Ring the worker's doorbell if anything was written."""
+        if self._session is not None:
+            self._session.ring_worker()
+
+    def forget(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """These slots of the store are free again."""
+        if self._cache is not None:
+            self._cache.forget(ranges)
+
+    def reset(self, reason: str) -> None:
+        """Hang up, tell the owner, and connect anew."""
+        self._drop()
+        self._owner.worker_lost(self.worker, reason)
+        self._owner.settled()
+        if not self._closed and self._retry is None:
+            self._retry = self._loop.call_later(RETRY_S, self.start)
+
+    def close(self) -> None:
+        """Say goodbye and let go of all memory."""
+        self._closed = True
+        if self._retry is not None:
+            self._retry.cancel()
+        if self._session is not None:
+            with contextlib.suppress(OSError):
+                self._session.sock.send(wire.BYE)
+        self._drop()
+
+    def _drop(self) -> None:
+        session, self._session, self._cache, self.connected = self._session, None, None, False
+        if session is not None:
+            self._loop.remove_reader(session.sock.fileno())
+            self._loop.remove_reader(session.to_gateway)
+            session.close()
+
+    def _control(self) -> None:
+        session = self._session
+        if session is None:
+            return
+        try:
+            packet = session.sock.recv(wire.MAX_CONTROL_BYTES + 64)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.reset(f"its connection broke: {error}")
+            return
+        try:
+            message = wire.decode(packet) if packet else wire.Bye()
+        except ProtocolError as error:
+            self.reset(f"it broke the protocol: {error}")
+            return
+        if isinstance(message, wire.State):
+            self._learn(message)
+        elif isinstance(message, wire.Bye):
+            self._drain()
+            self.reset("it has left" if packet else "its process has ended")
+
+    def _learn(self, state: wire.State) -> None:
+        self.connected = True
+        if state.cache_rows != self._cache_rows or self._cache is None:
+            self._cache_rows = state.cache_rows
+            self._cache = CacheMap(self._layout.slots, state.cache_rows) if state.cache_rows else None
+        self._owner.worker_state(state)
+        self._owner.settled()
+
+    def _drain(self) -> None:
+        session = self._session
+        if session is None:
+            return
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(session.to_gateway)
+        try:
+            for record in session.from_worker.pop_all():
+                self._take(session, wire.decode(record))
+        except ProtocolError as error:
+            self.reset(f"it broke the protocol: {error}")
+            return
+        self._owner.settled()
+
+    def _take(self, session: _Session, message: wire.Message) -> None:
+        if not isinstance(message, wire.Result | wire.Failed):
+            raise ProtocolError(f"a {type(message).__name__} in the ring")
+        flight = session.in_flight.pop(message.batch, None)
+        if flight is None:
+            raise ProtocolError(f"batch {message.batch} was not asked for")
+        at, size, starts, rows, pinned = flight
+        if self._cache is not None and pinned is not None:
+            self._cache.unpin(pinned)
+        if isinstance(message, wire.Failed):
+            self._owner.worker_failed(message)
+        else:
+            outputs = [
+                rows_of(session.results[at + start : at + start + rows * spec.row_bytes], spec, rows)
+                for start, spec in zip(starts, self._outputs, strict=True)
+            ]
+            self._owner.worker_result(message, outputs)
+        session.arena.give(at, size)
+
+
+class _Flight(NamedTuple):
+    """Where a batch's outputs will be, and the rows of the worker's cache that it needs until then."""
+
+    at: int
+    size: int
+    starts: list[int]
+    rows: int
+    pinned: Slots | None
+
+
+class _Session:
+    """What one connection has: socket, rings, results, doorbells. Both sides drop it as a whole."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        ring = aligned(RING_BYTES, mmap.PAGESIZE)
+        self._shared = SharedMemory("ensemble-link", 2 * ring + ARENA_BYTES)
+        memory = self._shared.memory
+        self._to = Ring(memory[:RING_BYTES])
+        self.from_worker = Ring(memory[ring : ring + RING_BYTES])
+        self.results = memory[2 * ring :]
+        self.arena = Arena(ARENA_BYTES)
+        self.to_worker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.to_gateway = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.in_flight: dict[int, _Flight] = {}
+        self._rung = True
+
+    def greet(self, gateway: str, store: SharedMemory, layout: StoreLayout) -> None:
+        """Send the Hello with the four descriptors: store, link memory, and the doorbells to worker and gateway."""
+        shared = wire.SharedLayout(layout.total_bytes, layout.slots, RING_BYTES, ARENA_BYTES)
+        hello = wire.encode_control(wire.Hello(gateway, shared=shared))
+        socket.send_fds(self.sock, [hello], [store.fd, self._shared.fd, self.to_worker, self.to_gateway])
+
+    def push(self, record: bytes) -> None:
+        """Write a record; credits keep the ring from filling.
+
+        Raises RuntimeError if they did not.
+        """
+        if not self._to.push(record):
+            raise RuntimeError("the ring to the worker is full although credits were left")
+        self._rung = False
+
+    def ring_worker(self) -> None:
+        """Wake the worker once for all records since the last time."""
+        if not self._rung:
+            self._rung = True
+            os.eventfd_write(self.to_worker, 1)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.sock.close()
+        os.close(self.to_worker)
+        os.close(self.to_gateway)
+        self._shared.close()

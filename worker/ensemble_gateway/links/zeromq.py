@@ -1,0 +1,242 @@
+"""The link to a worker in another pod: a DEALER socket to the worker's ROUTER, by IP address, with CURVE where keys are given.
+
+libzmq resolves names in its I/O thread and stalls every socket on a bad answer, so names are resolved here, off the event
+loop, on every (re)connection. The socket's descriptor is edge-triggered: after every receive and send its events are
+looked at again (ZeroMQ guide, chapter "Sockets and Patterns"; `ZMQ_FD` in zmq_getsockopt(3)).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections import deque
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from ensemble_contract import wire
+from ensemble_contract.errors import ProtocolError
+from ensemble_contract.keys import KeyFiles
+from ensemble_contract.plan import WorkerAddress
+from ensemble_contract.tensors import rows_of
+from ensemble_gateway.dispatcher import Batch
+from ensemble_gateway.links import HEARTBEAT_S, SILENCE_S, LinkOwner
+from ensemble_gateway.links.cache import CacheMap, Slots
+from ensemble_gateway.rowstore import RowStore
+
+RECONNECT_S = 1.0
+# Frames below this are cheaper to copy than to share with libzmq's I/O thread.
+COPY_BELOW = 64 << 10
+
+
+class ZeroMQLink:
+    """One worker, by its `tcp://HOST:PORT`."""
+
+    def __init__(
+        self, worker: WorkerAddress, store: RowStore, gateway: str, owner: LinkOwner,
+        context: zmq.Context[zmq.Socket[bytes]], keys: KeyFiles | None = None,
+    ) -> None:  # fmt: skip
+        self.worker = worker.name
+        self.connected = False
+        self._address = urlsplit(worker.address)
+        self._store = store
+        self._outputs = store.output_specs
+        self._gateway = gateway
+        self._owner = owner
+        self._context = context
+        self._keys = keys
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._cache: CacheMap | None = None
+        self._cache_rows = 0
+        self._in_flight: dict[int, tuple[int, Slots]] = {}
+        self._blocked: deque[Batch] = deque()
+        self._heard_at = 0.0
+        self._connecting: asyncio.Task[None] | None = None
+        self._beat: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Resolve the worker's name and connect."""
+        self._connecting = self._loop.create_task(self._connect())
+
+    def send(self, batch: Batch) -> None:
+        """Send a batch, and before it the rows that the worker does not have yet."""
+        if self._socket is None or self._cache is None:
+            return
+        placement = self._cache.place(batch.ranges)
+        if placement is None:
+            self._blocked.append(batch)
+            return
+        if placement.missing_cache:
+            frames: list[bytes | memoryview] = [
+                wire.encode_put(placement.missing_cache),
+                *self._rows(placement.missing_store),
+            ]
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < COPY_BELOW)
+        self._in_flight[batch.id] = (batch.rows, placement.pinned)
+        self._socket.send(wire.encode_run(batch.id, batch.instance.id, batch.rows, 0, placement.rows), zmq.NOBLOCK)
+
+    def flush(self) -> None:
+        """Sending has reset the descriptor's edge: look whether something has come meanwhile."""
+        if self._socket is not None and _readable(self._socket):
+            self._loop.call_soon(self._drain)
+
+    def forget(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """These slots of the store are free again."""
+        if self._cache is not None:
+            self._cache.forget(ranges)
+
+    def reset(self, reason: str) -> None:
+        """Drop the socket, tell the owner, and connect anew."""
+        self._drop()
+        self._owner.worker_lost(self.worker, reason)
+        self._owner.settled()
+        if not self._closed:
+            self._beat = self._loop.call_later(RECONNECT_S, self.start)
+
+    def close(self) -> None:
+        """Say goodbye and release the socket."""
+        self._closed = True
+        if self._socket is not None:
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.send(wire.BYE, zmq.NOBLOCK)
+        self._drop()
+
+    def _rows(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        return [rows.reshape(-1).view("u1").data for rows in self._store.read(ranges)]
+
+    async def _connect(self) -> None:
+        host, port = self._address.hostname or "", self._address.port or 0
+        try:
+            found = await self._loop.getaddrinfo(host, port, type=1)
+        except OSError:
+            if not self._closed:
+                self._beat = self._loop.call_later(RECONNECT_S, self.start)
+            return
+        if self._closed:
+            return
+        ip = found[0][4][0]
+        self._open(f"tcp://[{ip}]:{port}" if ":" in str(ip) else f"tcp://{ip}:{port}")
+
+    def _open(self, endpoint: str) -> None:
+        sock: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        sock.linger = 0
+        sock.sndhwm = sock.rcvhwm = 0
+        sock.ipv6 = True
+        # A new identity for every connection: what a former one still had under way cannot be mistaken.
+        sock.identity = f"{self._gateway}/{uuid.uuid4().hex[:12]}".encode()
+        sock.setsockopt(zmq.MAXMSGSIZE, 1 << 32)
+        if self._keys is not None:
+            sock.curve_publickey, sock.curve_secretkey = self._keys.own_public, self._keys.own_secret
+            sock.curve_serverkey = self._keys.peer_public
+        self._monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        sock.connect(endpoint)
+        self._socket = sock
+        self._heard_at = self._loop.time()
+        self._loop.add_reader(sock.fileno(), self._drain)
+        self._loop.add_reader(self._monitor.fileno(), self._monitored)
+        sock.send(wire.encode_control(wire.Hello(self._gateway)), zmq.NOBLOCK)
+        self._beat = self._loop.call_later(HEARTBEAT_S, self._heartbeat)
+        self._monitored()
+        self.flush()
+
+    def _drop(self) -> None:
+        self._cache, self.connected = None, False
+        self._in_flight.clear()
+        self._blocked.clear()
+        if self._beat is not None:
+            self._beat.cancel()
+        if self._connecting is not None:
+            self._connecting.cancel()
+        sock, monitor, self._socket, self._monitor = self._socket, self._monitor, None, None
+        if sock is not None and monitor is not None:
+            self._loop.remove_reader(sock.fileno())
+            self._loop.remove_reader(monitor.fileno())
+            sock.disable_monitor()
+            monitor.close(0)
+            sock.close(0)
+
+    def _heartbeat(self) -> None:
+        if self._socket is None:
+            return
+        if self._loop.time() - self._heard_at > SILENCE_S:
+            self.reset(f"nothing was heard from it for {SILENCE_S:.0f} s")
+            return
+        self._socket.send(wire.PING, zmq.NOBLOCK)
+        self._beat = self._loop.call_later(HEARTBEAT_S, self._heartbeat)
+        self.flush()
+
+    def _monitored(self) -> None:
+        """The TCP connection ended: faster than waiting for silence."""
+        while self._monitor is not None and _readable(self._monitor):
+            parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+            if self.connected:
+                self._drain()
+                self.reset("its connection has ended")
+
+    def _drain(self) -> None:
+        told = False
+        try:
+            while self._socket is not None and _readable(self._socket):
+                self._take(self._socket.recv_multipart(zmq.NOBLOCK, copy=False))
+                told = True
+        except ProtocolError as error:
+            self.reset(f"it broke the protocol: {error}")
+            return
+        if told:
+            self._owner.settled()
+
+    def _take(self, frames: list[zmq.Frame]) -> None:
+        self._heard_at = self._loop.time()
+        message = wire.decode(frames[0].buffer)
+        match message:
+            case wire.Ping():
+                return
+            case wire.State():
+                self._learn(message)
+            case wire.Bye():
+                self.reset("it has left, or does not know this gateway")
+            case wire.Result() | wire.Failed():
+                self._answered(message, frames[1:])
+            case _:
+                raise ProtocolError(f"a {type(message).__name__} from a worker")
+
+    def _learn(self, state: wire.State) -> None:
+        if state.cache_rows < 1:
+            raise ProtocolError("a State without room for rows")
+        self.connected = True
+        if self._cache is None or state.cache_rows != self._cache_rows:
+            self._cache_rows = state.cache_rows
+            self._cache = CacheMap(self._store.layout.slots, state.cache_rows)
+        self._owner.worker_state(state)
+
+    def _answered(self, message: wire.Result | wire.Failed, frames: list[zmq.Frame]) -> None:
+        flight = self._in_flight.pop(message.batch, None)
+        if flight is None or self._cache is None:
+            raise ProtocolError(f"batch {message.batch} was not asked for")
+        rows, pinned = flight
+        self._cache.unpin(pinned)
+        if isinstance(message, wire.Failed):
+            self._owner.worker_failed(message)
+        else:
+            if len(frames) != len(self._outputs):
+                raise ProtocolError(f"a RESULT of {len(frames)} outputs, not {len(self._outputs)}")
+            try:
+                outputs = [rows_of(f.buffer, spec, rows) for f, spec in zip(frames, self._outputs, strict=True)]
+            except ValueError as error:
+                raise ProtocolError(str(error)) from error
+            self._owner.worker_result(message, outputs)
+        while self._blocked and self._socket is not None:
+            before = len(self._blocked)
+            self.send(self._blocked.popleft())
+            if len(self._blocked) == before:
+                break
+
+
+def _readable(sock: zmq.Socket[bytes]) -> bool:
+    return bool(int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN)

@@ -1,0 +1,170 @@
+"""A loaded model fitted to what its ensemble declares: inputs and outputs in order, types compared, its execution chosen."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ensemble_contract.tensors import TensorSpec
+
+from ensemble_worker.backends import forms
+from ensemble_worker.backends.loaded import Call, Loaded
+from ensemble_worker.backends.tensors import DTYPES, describe, shares_memory, trial_inputs, unpacker
+from ensemble_worker.errors import InvalidModel
+from ensemble_worker.signature import Signature
+
+log = logging.getLogger(__name__)
+
+SEED = 11
+OTHER_ROWS = (1, 3)
+TIMED_TRIAL_S = 0.03
+
+Unpack = Callable[[Any], Sequence[torch.Tensor]]
+Rows = list[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A model ready to be called: its input i is the declared input `input_order[i]`, and the declared output j is its
+    output `output_order[j]`.
+
+    `modifies_inputs`: it writes into its inputs, so it must get copies. `shares_inputs`: an output may lie in an input.
+    `trial` holds random rows, in the model's order, on the host.
+    """
+
+    call: Call
+    form: str
+    unpack: Unpack
+    input_order: tuple[int, ...]
+    output_order: tuple[int, ...]
+    fixed_batch: int | None
+    modifies_inputs: bool
+    shares_inputs: bool
+    on_host: bool
+    trial: tuple[torch.Tensor, ...]
+
+
+def fit(
+    loaded: Loaded, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], device: torch.device, batch_size: int
+) -> Fitted:
+    """Run the model on random rows, compare its outputs with the declared ones, and choose its quickest form.
+
+    Raises InvalidModel naming the input or output that differs, or the batch size that the model does not take.
+    """
+    told = loaded.signature
+    check_batch(told, batch_size)
+    input_order = match("input", inputs, told.inputs)
+    output_order = match("output", outputs, told.outputs)
+    ordered = [inputs[i] for i in input_order]
+    rows = told.fixed_batch or batch_size
+    trial, result = _first_run(loaded.call, ordered, rows, device)
+    unpack = unpacker(result, [output.name for output in outputs])
+    given = [t.clone() for t in trial]
+    results = unpack(loaded.call(*given))
+    modifies = not all(torch.equal(a, b) for a, b in zip(given, trial, strict=True))
+    shares = any(shares_memory(y, x) for y in results for x in given)
+    check_outputs(results, outputs, output_order, rows)
+    fixed = told.fixed_batch
+    if fixed is None and not _takes_other_rows(loaded.call, unpack, trial, outputs, output_order):
+        if told.dynamic_batch:
+            raise InvalidModel(
+                f"takes {rows} rows but not {OTHER_ROWS}: its batch is not dynamic, as its file says it is"
+            )
+        fixed = rows
+        log.info("it takes batches of exactly %d rows: smaller ones are padded", rows)
+    name, call = loaded.name, loaded.call
+    if loaded.forms and not modifies:
+        trials = [trial] if fixed else _trials(loaded.call, trial)
+        name, call = forms.choose(loaded.call, loaded.forms, trials, unpack)
+    host = tuple(t.cpu() for t in trial)
+    return Fitted(call, name, unpack, input_order, output_order, fixed, modifies, shares, loaded.on_host, host)
+
+
+def check_batch(told: Signature, batch_size: int) -> None:
+    """Raises InvalidModel if the model does not take `batch_size` rows, filled up to its fixed batch where it has one."""
+    if told.fixed_batch is not None and batch_size > told.fixed_batch:
+        raise InvalidModel(f"was exported for batches of {told.fixed_batch} rows: {batch_size} are too many")
+    if told.max_batch is not None and batch_size > told.max_batch:
+        raise InvalidModel(f"was exported for batches of up to {told.max_batch} rows: {batch_size} are too many")
+
+
+def match(kind: str, declared: Sequence[TensorSpec], told: Sequence[TensorSpec] | None) -> tuple[int, ...]:
+    """For inputs: the declared index of each of the model's; for outputs: the model's index of each declared one.
+
+    By name if both sides have the same names, else by position. Raises InvalidModel if number, datatype or shape differ.
+    """
+    if told is None:
+        return tuple(range(len(declared)))
+    if len(told) != len(declared):
+        raise InvalidModel(
+            f"has {len(told)} {kind}s ({_names(told)}), declared are {len(declared)} ({_names(declared)})"
+        )
+    names = [t.name for t in told]
+    by_name = {d.name for d in declared} == set(names)
+    places = [names.index(d.name) if by_name else i for i, d in enumerate(declared)]
+    for spec, place in zip(declared, places, strict=True):
+        if (spec.datatype, spec.shape) != (told[place].datatype, told[place].shape):
+            theirs = describe(DTYPES[told[place].datatype], told[place].shape)
+            raise InvalidModel(
+                f"{kind} {spec.name!r}: declared {spec.datatype} {list(spec.shape)}, the model has {theirs} a row"
+            )
+    return tuple(places) if kind == "output" else tuple(places.index(i) for i in range(len(places)))
+
+
+def check_outputs(
+    results: Sequence[torch.Tensor], outputs: Sequence[TensorSpec], order: Sequence[int], rows: int
+) -> None:
+    """Raises InvalidModel naming the first output whose number of rows, datatype or shape is not as declared."""
+    if len(results) != len(outputs):
+        raise InvalidModel(f"gives {len(results)} outputs, declared are {len(outputs)} ({_names(outputs)})")
+    for spec, place in zip(outputs, order, strict=True):
+        got = results[place]
+        if got.dtype != DTYPES[spec.datatype] or tuple(got.shape) != (rows, *spec.shape):
+            wanted = describe(DTYPES[spec.datatype], (rows, *spec.shape))
+            raise InvalidModel(
+                f"output {spec.name!r}: declared {wanted} for {rows} rows, the model gives {describe(got.dtype, got.shape)}"
+            )
+
+
+def _names(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(spec.name for spec in specs)
+
+
+def _first_run(call: Call, specs: Sequence[TensorSpec], rows: int, device: torch.device) -> tuple[Rows, Any]:
+    """Rows that the model takes and what it gives for them: of small numbers, if larger ones fall out of one of its tables."""
+    trial = [t.to(device) for t in trial_inputs(specs, rows, SEED, small=False)]
+    try:
+        return trial, call(*[t.clone() for t in trial])
+    except IndexError:
+        trial = [t.to(device) for t in trial_inputs(specs, rows, SEED, small=True)]
+        return trial, call(*[t.clone() for t in trial])
+
+
+def _takes_other_rows(
+    call: Call, unpack: Unpack, trial: Rows, outputs: Sequence[TensorSpec], order: Sequence[int]
+) -> bool:
+    for rows in OTHER_ROWS:
+        try:
+            check_outputs(unpack(call(*_resized(trial, rows))), outputs, order, rows)
+        except (InvalidModel, RuntimeError, IndexError):
+            return False
+    return True
+
+
+def _trials(call: Call, trial: Rows) -> list[Rows]:
+    """First the batches to time: the planned one, or as many of its rows as take about 30 ms, and one row; then another."""
+    one = _resized(trial, 1)
+    call(*one)
+    started = time.perf_counter()
+    call(*one)
+    rows = max(1, min(len(trial[0]), round(TIMED_TRIAL_S / (time.perf_counter() - started))))
+    return [_resized(trial, n) for n in (rows, *OTHER_ROWS)]
+
+
+def _resized(trial: Rows, rows: int) -> Rows:
+    """Copies of the first rows, repeated if there are fewer."""
+    return [t.repeat(-(-rows // len(t)), *[1] * (t.dim() - 1))[:rows].contiguous() for t in trial]

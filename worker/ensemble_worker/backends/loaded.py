@@ -1,0 +1,34 @@
+"""What a backend hands to the predictor: a way to call the model as it was saved, and quicker ways that may agree with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ensemble_worker.signature import Signature
+
+# Takes the inputs in the model's order; gives a tensor, a sequence of tensors, or a dict of them.
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A quicker execution of a model, made when `make` is called."""
+
+    name: str
+    make: Callable[[], Call]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in memory, `name` says executed by what. `forms` are quicker executions of it, the most cautious first.
+
+    `on_host`: its tensors are the host's even when it computes elsewhere.
+    """
+
+    call: Call
+    signature: Signature
+    name: str = "eager"
+    forms: tuple[Form, ...] = ()
+    on_host: bool = False

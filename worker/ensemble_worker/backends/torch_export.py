@@ -1,0 +1,90 @@
+"""`.pt2` files of torch.export.save: inspected, loaded without their pickles, and compiled for inference."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx.graph import CodeGen
+
+from ensemble_worker.backends import forms
+from ensemble_worker.backends.loaded import Form, Loaded
+from ensemble_worker.errors import InvalidArchive, InvalidModel
+from ensemble_worker.inspect_export import inspect_export
+from ensemble_worker.signature import of_export
+
+
+def load(path: Path, device: torch.device) -> Loaded:
+    """Load a `.pt2` file on a device.
+
+    Raises InvalidArchive if it was refused or torch cannot read it, InvalidModel if its inputs or outputs cannot be served.
+    """
+    inspected = inspect_export(path)
+    signature = of_export(inspected.program)
+    try:
+        with inspected.view() as view:
+            exported = torch.export.load(view)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # torch's loader raises nearly anything; the file is at fault, never the worker.
+        raise InvalidArchive(f"torch {torch.__version__} cannot read it: {error or type(error).__name__}") from error
+    if device.type != "cpu":
+        exported = torch.export.passes.move_to_device_pass(exported, device)
+    graph = _flat(exported.module(check_guards=False))
+    if len([n for n in graph.graph.nodes if n.op == "placeholder"]) != len(signature.inputs or ()) and signature.inputs:
+        raise InvalidModel("the graph's inputs are not those of its signature")
+    return Loaded(graph, signature, forms=_forms(graph, device))
+
+
+def _flat(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The same graph as a plain function of tensors: no containers to take apart, no checks of shapes, a third of the time."""
+    module.graph.set_codegen(CodeGen())
+    return torch.fx.GraphModule(module, module.graph)
+
+
+def _forms(graph: torch.fx.GraphModule, device: torch.device) -> tuple[Form, ...]:
+    found = forms.compiled(lambda: _scripted(graph, channels_last=False), device)
+    if device.type == "cpu" and _has_convolutions(graph):
+        found += (forms.channels_last(lambda: _scripted(graph, channels_last=True)),)
+    return found
+
+
+def _has_convolutions(graph: torch.fx.GraphModule) -> bool:
+    return any("conv" in str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+
+
+def _scripted(graph: torch.fx.GraphModule, *, channels_last: bool) -> torch.jit.ScriptModule:
+    """The graph as TorchScript, which keeps symbolic sizes (tracing would freeze them)."""
+    module = copy.deepcopy(graph) if channels_last else torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            _use_scriptable_target(node)
+        elif channels_last and node.op == "placeholder":
+            _reorder_images(module.graph, node)
+    module.recompile()
+    if channels_last:
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    scripted: torch.jit.ScriptModule = torch.jit.script(module)
+    return scripted.eval()
+
+
+def _use_scriptable_target(node: torch.fx.Node) -> None:
+    """TorchScript resolves overloads itself and knows a few of torch.export's own operators by other names."""
+    target: Any = node.target
+    if target is torch.ops.aten.sym_size.int:
+        node.target = torch.ops.aten.size
+    elif target is torch.ops.aten._assert_tensor_metadata.default:
+        node.graph.erase_node(node)
+    else:
+        node.target = target.overloadpacket
+
+
+def _reorder_images(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """Put the four-dimensional inputs into the layout of the weights."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor) and value.dim() == 4 and value.is_floating_point():
+        with graph.inserting_after(node):
+            reordered = graph.call_function(torch.ops.aten.contiguous, (node,), {"memory_format": torch.channels_last})
+        node.replace_all_uses_with(reordered, delete_user_cb=lambda user: user is not reordered)

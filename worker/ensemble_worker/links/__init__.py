@@ -1,0 +1,73 @@
+"""Links to gateways: the same messages over ZeroMQ (`zeromq`) and in shared memory (`shared`).
+
+The only place of the worker that knows sockets to gateways. Two threads use a server: the executor receives work and
+answers it; the control thread (asyncio) welcomes gateways, tells them the State and keeps the heartbeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from ensemble_contract.wire import FailureCode, RowRanges, Run, State
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Rows(Protocol):
+    """Rows that a gateway has put within reach, by slot."""
+
+    slots: int
+
+    def put(self, ranges: RowRanges, arrays: Sequence[Array]) -> None:
+        """Take rows into these slots: one array an input, of shape (rows, *shape)."""
+
+    def gather(self, ranges: RowRanges) -> Sequence[Any]:
+        """The rows of these ranges, one array or tensor an input, contiguous; valid until the next call."""
+
+
+class Peer(Protocol):
+    """One gateway, as the executor sees it."""
+
+    rows: Rows
+
+    def answer(self, run: Run, outputs: Sequence[Array], compute_ns: int, queue_ns: int) -> None:
+        """Send a batch's outputs, each C-contiguous of shape (rows, *shape)."""
+
+    def fail(self, run: Run, code: FailureCode, text: str) -> None:
+        """Say that a batch could not be run."""
+
+
+class Work(NamedTuple):
+    """A batch to run, for whom, and when it came (monotonic nanoseconds)."""
+
+    peer: Peer
+    run: Run
+    received_ns: int
+
+
+class LinkServer(Protocol):
+    """All gateways of this worker."""
+
+    def start(self) -> None:
+        """Accept gateways, on the running event loop. Raises OSError if the address cannot be bound."""
+
+    def receive(self, block: bool) -> list[Work]:
+        """Batches that have come; waits for one if `block`. Returns early, perhaps empty, after `wake`. Executor only."""
+
+    def wake(self) -> None:
+        """Make a waiting `receive` return."""
+
+    def broadcast(self) -> None:
+        """Tell every gateway the State again."""
+
+    def close(self) -> None:
+        """Say goodbye to every gateway and stop accepting."""
+
+
+StateMaker = Callable[[int, int], State]
+"""The State for one of so many gateways, each of which may keep so many rows here."""
+
+RowsMaker = Callable[[int], Rows]
+"""A cache of so many rows, on this worker's device."""

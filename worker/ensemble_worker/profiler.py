@@ -1,0 +1,285 @@
+"""`python -m ensemble_worker measure`: what one member costs on one device, measured alone in this fresh process.
+
+Prints a JSON object a line as results come: first the signature, the load and the weights, then one for each batch size, in
+ascending order, until the budget is spent. Memory is what the instance adds to an idle worker with torch, and the process
+is capped, so that measuring never takes memory from what serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import psutil
+import torch
+from ensemble_contract.errors import ContractError
+from ensemble_contract.plan import ModelSource
+from ensemble_contract.tensors import FLOATING, TensorSpec, fp32_to_bf16
+from ensemble_worker import devices, predictor, signature, storage
+from ensemble_worker.devices import Device
+from ensemble_worker.errors import DeviceUnavailable, InvalidArchive, InvalidModel, ModelError, WorkerError
+from ensemble_worker.signature import Signature
+
+SHARE_OF_FREE_MEMORY = 0.8
+# Threads' stacks and allocators' arenas take more than they fill.
+ALLOCATOR_SLACK_BYTES = 64 << 20
+MIN_RUNS, MAX_RUNS = 3, 1000
+SIZE_S = 0.5
+SEED = 3
+USAGE_EXIT = 1
+
+
+class Subject(msgspec.Struct, frozen=True, rename="camel"):
+    """What is measured; inputs and outputs may be missing where the model file tells them."""
+
+    member: ModelSource
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One batch size: rows/s and median latency of a batch, spread (10th to 90th percentile over the median), added bytes."""
+
+    batch_size: int
+    rows_per_s: float
+    latency_s: float
+    spread: float
+    memory_bytes: int
+    form: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The line that `measure` prints."""
+        return {
+            "batchSize": self.batch_size,
+            "rowsPerS": round(self.rows_per_s, 3),
+            "latencyS": round(self.latency_s, 9),
+            "spread": round(self.spread, 4),
+            "memoryBytes": self.memory_bytes,
+            "form": self.form,
+        }
+
+
+class Meter:
+    """Memory that this process holds on the device beyond what it held when idle."""
+
+    def __init__(self, device: Device) -> None:
+        self._process = psutil.Process()
+        self._cuda = device.kind == "cuda"
+        self.idle_bytes = self._resident()
+        if self._cuda:
+            free, total = torch.cuda.mem_get_info()
+            self.idle_bytes = total - free
+        self.reset_peak()
+
+    def added(self) -> int:
+        """Bytes added now."""
+        if self._cuda:
+            return torch.cuda.memory_reserved()
+        return max(0, self._resident() - self.idle_bytes)
+
+    def peak_added(self) -> int:
+        """The most bytes added since `reset_peak`."""
+        if self._cuda:
+            return torch.cuda.max_memory_reserved()
+        return max(0, _status_bytes("VmHWM") - self.idle_bytes, self.added())
+
+    def reset_peak(self) -> None:
+        """Forget earlier peaks (on CPUs as proc(5) says of clear_refs; where that is not allowed, they stay)."""
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def _resident(self) -> int:
+        return int(self._process.memory_info().rss)
+
+
+def main(argv: list[str]) -> int:
+    """Measure and print; 0 if there are results, among them errors of the model, 1 if the question was wrong."""
+    try:
+        options = _parser().parse_args(argv)
+        subject = _read_subject(options.spec)
+        device = _device(options.device, options.cores)
+    except SystemExit as stop:
+        return USAGE_EXIT if stop.code else 0
+    except (OSError, ContractError, msgspec.DecodeError, WorkerError) as error:
+        sys.stderr.write(f"measure: {error}\n")
+        return USAGE_EXIT
+    for line in measure(subject, device, options.sizes, options.budget_s, options.memory_limit, options.cache_dir):
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+def measure(
+    subject: Subject, device: Device, sizes: list[int], budget_s: float, memory_limit: int | None, cache_dir: Path
+) -> Iterator[dict[str, Any]]:
+    """The lines that `measure` prints. The first batch size is measured even if the budget is spent by then.
+
+    Changes this process: its number of threads and its limit of memory.
+    """
+    deadline = time.monotonic() + budget_s
+    meter = _prepare(device, memory_limit)
+    size, first = 0, True
+    try:
+        path = storage.fetch(subject.member, cache_dir, storage.log_progress(subject.member.name))
+        told = _told(path, subject.member)
+        inputs, outputs = _tensors(subject, told)
+        for size in sorted(set(sizes)) if told.fixed_batch is None else [told.fixed_batch]:
+            before = time.monotonic()
+            loaded = predictor.load(path, subject.member, inputs, outputs, device, size)
+            load_s = time.monotonic() - before
+            if first:
+                yield _first_line(told, device, load_s, meter)
+            yield _measure_size(loaded, inputs, size, meter).as_json()
+            first = False
+            del loaded
+            gc.collect()
+            if time.monotonic() + load_s > deadline:
+                return
+    except ModelError as error:
+        yield {"error": str(error), "kind": error.kind, **({"batchSize": size} if size else {})}
+
+
+def _first_line(told: Signature, device: Device, load_s: float, meter: Meter) -> dict[str, Any]:
+    return {
+        "signature": told.as_json(),
+        "loadS": round(load_s, 4),
+        "memoryBytes": meter.added(),
+        "loadPeakBytes": meter.peak_added(),
+        "overheadBytes": meter.idle_bytes,
+        "deviceClass": device.device_class,
+    }
+
+
+def _measure_size(loaded: predictor.Predictor, inputs: tuple[TensorSpec, ...], size: int, meter: Meter) -> Measurement:
+    """Repeat batches for half a second, at least three times; the median says how long one takes."""
+    meter.reset_peak()
+    rows = _rows(inputs, size)
+    latencies: list[float] = []
+    deadline = time.perf_counter() + SIZE_S
+    while len(latencies) < MIN_RUNS or (time.perf_counter() < deadline and len(latencies) < MAX_RUNS):
+        before = time.perf_counter()
+        loaded.run(rows)
+        latencies.append(time.perf_counter() - before)
+    latency_s = statistics.median(latencies)
+    low, high = np.percentile(latencies, [10, 90])
+    return Measurement(size, size / latency_s, latency_s, (high - low) / latency_s, meter.peak_added(), loaded.form)
+
+
+def _rows(inputs: tuple[TensorSpec, ...], size: int) -> list[np.ndarray[Any, np.dtype[Any]]]:
+    """Random bits of small numbers: zeros would flatter processors that skip them."""
+    generator = np.random.default_rng(SEED)
+    made = []
+    for spec in inputs:
+        shape = (size, *spec.shape)
+        if spec.datatype == "BF16":
+            made.append(fp32_to_bf16(generator.standard_normal(shape, dtype=np.float32)))
+        elif spec.datatype in FLOATING:
+            made.append(generator.standard_normal(shape, dtype=np.float32).astype(spec.dtype))
+        else:
+            made.append(generator.integers(0, 2, shape).astype(spec.dtype))
+    return made
+
+
+def _prepare(device: Device, memory_limit: int | None) -> Meter:
+    """Threads and a first use of torch as an idle worker has them, then the cap."""
+    if device.kind == "cuda":
+        torch.cuda.set_device(device.index)
+        torch.ones(1, device="cuda").add_(1)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        limit = int(SHARE_OF_FREE_MEMORY * free) if memory_limit is None else memory_limit
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+        return Meter(device)
+    predictor.prepare_cpu(device.cores, pin=False)
+    torch.nn.functional.linear(torch.ones(2, 64), torch.ones(64, 64)).softmax(-1)
+    limit = int(SHARE_OF_FREE_MEMORY * devices.free_memory_bytes()) if memory_limit is None else memory_limit
+    in_use = _status_bytes("VmData")
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    cap = in_use + limit + ALLOCATOR_SLACK_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (cap if hard == resource.RLIM_INFINITY else min(cap, hard), hard))
+    return Meter(device)
+
+
+def _status_bytes(field: str) -> int:
+    """A size from /proc/self/status; 0 where the kernel does not tell."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _told(path: Path, member: ModelSource) -> Signature:
+    try:
+        return signature.of(path, member.format)
+    except (InvalidArchive, InvalidModel) as error:
+        raise ModelError(member.name, member.uri, str(error)) from error
+
+
+def _tensors(subject: Subject, told: Signature) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """What is declared, else what the model tells.
+
+    Raises ModelError if neither says it.
+    """
+    inputs, outputs = subject.inputs or told.inputs, subject.outputs or told.outputs
+    for field, tensors in (("input", inputs), ("output", outputs)):
+        if not tensors:
+            cause = f"the file does not tell its {field}s: declare them in spec.{field}"
+            raise ModelError(subject.member.name, subject.member.uri, cause)
+    return tuple(inputs or ()), tuple(outputs or ())
+
+
+def _read_subject(spec: str) -> Subject:
+    text = sys.stdin.buffer.read() if spec == "-" else Path(spec).read_bytes()
+    return msgspec.json.decode(text, type=Subject)
+
+
+def _device(name: str, cores: list[int] | None) -> Device:
+    """A device of this machine; with `cores` a CPU partition of them, whatever the machine's default partitions are."""
+    if cores is None:
+        return devices.find(name, devices.discover())
+    kind, _, index = name.partition("-")
+    if kind != "cpu" or not index.isdigit():
+        raise DeviceUnavailable(f"device {name!r}: --cores is for CPU devices, named cpu-0, cpu-1 and so on")
+    return devices.cpu_device(int(index), cores, devices.free_memory_bytes())
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    if any(n < 0 for n in numbers):
+        raise ValueError(text)
+    return numbers
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = _numbers(text)
+    if 0 in sizes:
+        raise ValueError(text)
+    return sizes
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ensemble_worker measure", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--device", required=True, help="cpu-0, cuda-1, ...")
+    parser.add_argument("--cores", type=_numbers, metavar="N,N", help="the cores of a CPU device")
+    parser.add_argument("--spec", required=True, metavar="FILE|-", help='JSON: {"member": ..., "inputs": ..., "outputs": ...}')
+    parser.add_argument("--sizes", type=_sizes, default=[1], metavar="N,N", help="batch sizes in rows")
+    parser.add_argument("--budget-s", type=float, default=30.0, help="start no further batch size after this time")
+    parser.add_argument("--memory-limit", type=int, metavar="BYTES", help="what measuring may take (default: 80 %% of what is free)")
+    parser.add_argument("--cache-dir", type=Path, default=storage.default_cache_dir(), help="where remote models are kept")
+    return parser
