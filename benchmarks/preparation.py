@@ -39,22 +39,21 @@ def prepare(name: str, cache: Path = CACHE) -> Workload:
     try:
         made_s = (folder / "workload.json").stat().st_mtime
         workload = read(folder)
-        current = workload.version == VERSION and workload.folder == str(folder)
-        if current and all(path_of(member).stat().st_mtime <= made_s for member in workload.members):
+        if workload.version == VERSION and all(path_of(m).stat().st_mtime <= made_s for m in workload.members):
             return workload
     except (OSError, msgspec.MsgspecError):
         pass
     folder.mkdir(parents=True, exist_ok=True)
     if name == "tiny":
-        return _make(name, folder, networks.MLPS, (64,), 256, (1, 8, 32, 64, 128, 256, 512, 1024))
+        return make(name, folder, networks.MLPS, (64,), 256, (1, 8, 32, 64, 128, 256, 512, 1024))
     if name == "cnn":
-        return _make(name, folder, networks.CNNS, (3, 32, 32), 256, (1, 4, 8, 16, 32, 64, 128))
+        return make(name, folder, networks.CNNS, (3, 32, 32), 256, (1, 4, 8, 16, 32, 64, 128))
     if name == "imagenet":
         return _imagenet(folder)
     raise ValueError(f"workload {name!r}: must be one of {', '.join(NAMES)}")
 
 
-def _make(
+def make(
     name: str,
     folder: Path,
     makers: Sequence[Callable[[], nn.Module]],
@@ -62,6 +61,7 @@ def _make(
     count: int,
     batch_sizes: tuple[int, ...],
 ) -> Workload:
+    """A workload of these networks in `folder`, with `count` rows of normal noise."""
     rows = np.random.default_rng(1).standard_normal((count, *row_shape), dtype=np.float32)
     inputs = torch.from_numpy(rows)
     answers, members = [], []

@@ -72,10 +72,10 @@ class Report(msgspec.Struct, frozen=True):
 
 def verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """Who had the higher rate, window by window as they were interleaved: "ahead", "behind" or "tie"."""
-    won = sum(a > b for a, b in zip(ours, theirs, strict=True))
-    if won >= AHEAD_SHARE * len(ours):
+    pairs = list(zip(ours, theirs, strict=True))
+    if sum(a > b for a, b in pairs) >= AHEAD_SHARE * len(pairs):
         return "ahead"
-    if won <= (1 - AHEAD_SHARE) * len(ours):
+    if sum(a < b for a, b in pairs) >= AHEAD_SHARE * len(pairs):
         return "behind"
     return "tie"
 

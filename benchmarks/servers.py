@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -109,10 +110,16 @@ class ServerProcess:
 
 
 def start_ours(workload: Workload, name: str, options: Sequence[str], logs: Path) -> ServerProcess:
-    """`ensemble serve` of the workload's resource, ready."""
+    """`ensemble serve` of the workload's resource, ready.
+
+    Members are measured anew, as profiles of earlier runs may be of a busy machine.
+    """
     target = v2_target(name, free_port(), workload.model)
     arguments = [sys.executable, "-m", "ensemble_operator", "serve", str(workload.resource), "--port", str(target.port)]
-    server = ServerProcess(target, [*arguments, *options], logs / f"{name.replace(', ', '-')}.log")
+    words = name.replace(",", "").replace(" ", "-")
+    cache = Path(workload.folder) / f"cache-{words}"
+    shutil.rmtree(cache, ignore_errors=True)
+    server = ServerProcess(target, [*arguments, "--cache-dir", str(cache), *options], logs / f"{words}.log")
     server.await_ready(lambda: server.status("/v2/health/ready") == 200)
     return server
 

@@ -59,8 +59,9 @@ class Workload(msgspec.Struct, frozen=True):
 
 
 def read(folder: str | Path) -> Workload:
-    """A workload that was prepared."""
-    return msgspec.json.decode((Path(folder) / "workload.json").read_bytes(), type=Workload)
+    """A workload that was prepared; its folder may have moved, its models not."""
+    workload = msgspec.json.decode((Path(folder) / "workload.json").read_bytes(), type=Workload)
+    return msgspec.structs.replace(workload, folder=str(folder))
 
 
 def path_of(source: ModelSource) -> Path:

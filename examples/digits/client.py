@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tritonclient.http as v2
 from sklearn.datasets import load_digits
+from tritonclient.utils import InferenceServerException
 
 ENSEMBLE = "digits"
 INPUT, OUTPUT = "pixels", "probabilities"
@@ -44,9 +45,12 @@ def main() -> None:
     options = parser.parse_args()
     digits, classes = test_digits()
     started_s = time.perf_counter()
-    with v2.InferenceServerClient(options.url, network_timeout=60.0) as client:
-        starts = range(0, len(digits), options.rows)
-        parts = [infer(client, digits[start : start + options.rows]) for start in starts]
+    try:
+        with v2.InferenceServerClient(options.url) as client:
+            starts = range(0, len(digits), options.rows)
+            parts = [infer(client, digits[start : start + options.rows]) for start in starts]
+    except (OSError, InferenceServerException) as error:
+        raise SystemExit(f"no answer from {options.url}: {error} (is the ensemble served there?)") from None
     taken_s = time.perf_counter() - started_s
     for name in parts[0]:
         right = np.concatenate([part[name].argmax(-1) for part in parts]) == classes

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tritonclient.http as v2
 from skimage import data, io, transform
+from tritonclient.utils import InferenceServerException
 
 HERE = Path(__file__).resolve().parent
 ENSEMBLE = "imagenet"
@@ -81,6 +82,17 @@ def latencies_ms(client: v2.InferenceServerClient, tensor: v2.InferInput, reques
     return taken_ms
 
 
+def ask(client: v2.InferenceServerClient, tensor: v2.InferInput, labels: list[str], requests: int) -> None:
+    """Print what the members and the ensemble say, and how long it takes."""
+    result = client.infer(ENSEMBLE, [tensor], parameters={"members": True})
+    print_columns(best_classes(result, labels))
+    if missing := result.get_response()["parameters"]["members_missing"]:
+        print(f"without an answer from {missing}")
+    if taken_ms := latencies_ms(client, tensor, requests):
+        fastest, median = min(taken_ms), statistics.median(taken_ms)
+        print(f"\n{requests} requests one after the other: median {median:.1f} ms, fastest {fastest:.1f} ms")
+
+
 def main() -> None:
     """Ask, print, measure."""
     parser = argparse.ArgumentParser(description="Classify a photograph with the served ImageNet ensemble.")
@@ -94,15 +106,11 @@ def main() -> None:
     if options.save_request:
         save_request(photograph, options.save_request)
     tensor = as_input(photograph, binary=True)
-    with v2.InferenceServerClient(options.url) as client:
-        result = client.infer(ENSEMBLE, [tensor], parameters={"members": True})
-        print_columns(best_classes(result, labels))
-        if missing := result.get_response()["parameters"]["members_missing"]:
-            print(f"without an answer from {missing}")
-        taken_ms = latencies_ms(client, tensor, options.requests)
-    if taken_ms:
-        fastest, median = min(taken_ms), statistics.median(taken_ms)
-        print(f"\n{len(taken_ms)} requests one after the other: median {median:.1f} ms, fastest {fastest:.1f} ms")
+    try:
+        with v2.InferenceServerClient(options.url) as client:
+            ask(client, tensor, labels, options.requests)
+    except (OSError, InferenceServerException) as error:
+        raise SystemExit(f"no answer from {options.url}: {error} (is `make serve` running there?)") from None
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Place:
     keys: Path | None
     host: str
     port: int
+    log_level: str
 
 
 class Deployment:
@@ -186,7 +187,8 @@ class Deployment:
     def _common(self, name: str, keys_name: str) -> tuple[str, ...]:
         keys = ("--keys", str(self._place.keys / keys_name)) if self._place.keys else ()
         plan = ("--plan", str(self._plan_file(name)))
-        return ("--admin", self._admin(name), *plan, *keys, "--parent-pid", str(os.getpid()))
+        parent = ("--parent-pid", str(os.getpid()))
+        return ("--admin", self._admin(name), *plan, *keys, *parent, "--log-level", self._place.log_level)
 
     def _worker_program(self, device: Device, data_address: str) -> Program:
         cores = ("--cores", ",".join(map(str, device.cores)), "--pin") if device.cores else ()

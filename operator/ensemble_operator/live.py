@@ -44,8 +44,8 @@ class Screen:
         self._say(Text(f"warning: {text}", style="yellow"))
 
     def wrote(self, name: str, line: str) -> None:
-        """A line that a child process wrote."""
-        self._say(Text(f"{name}: {line}"))
+        """A line that a child process wrote; its log lines have its name already."""
+        self._say(Text(line if name in line else f"{name}: {line}"))
 
     def result(self, *parts: RenderableType) -> None:
         """What the user asked for, to standard output."""

@@ -17,7 +17,7 @@ from ensemble_operator.deployment import Deployment, Place
 from ensemble_operator.fleet import GatewayState
 from ensemble_operator.keys import write_keys
 from ensemble_operator.live import Screen
-from ensemble_operator.observation import progress, rates
+from ensemble_operator.observation import Rates, progress, rates
 from ensemble_operator.plans import gateway_plan, worker_plans
 from ensemble_operator.preparation import ROW_CACHE_BYTES, Planned, ServeOptions, check_quorum, prepare
 from ensemble_operator.runtime_folder import runtime_folder
@@ -71,6 +71,7 @@ async def serve(options: ServeOptions, screen: Screen, stop: StopRequest) -> Non
     with runtime_folder(options.runtime_base) as folder:
         deployment = _deployment(planned, options, folder, screen)
         try:
+            screen.note(f"starting the gateway and {len(planned.matrix.devices)} workers")
             deployment.start()
             await stop.during(_serve(deployment, planned, screen))
         except Stopped:
@@ -96,7 +97,7 @@ def _deployment(planned: Planned, options: ServeOptions, folder: Path, screen: S
     if not shared and options.encryption == "curve":
         keys = folder / "keys"
         write_keys(keys)
-    place = Place(folder, options.cache_folder / "models", keys, options.host, options.port)
+    place = Place(folder, options.cache_folder / "models", keys, options.host, options.port, options.log_level)
     return Deployment(planned.devices, plans, gateway, place, screen.wrote)
 
 
@@ -130,6 +131,7 @@ async def _until_settled(deployment: Deployment, planned: Planned, screen: Scree
             screen.warn(f"served without {name}: {state.failed[name]}")
         if state.settled and observed.gateway is not None:
             return observed.gateway, [name for name in members if name in state.failed]
+        screen.show(deployment.view(observed, Rates()))
         await asyncio.sleep(STARTING_PERIOD_S)
 
 

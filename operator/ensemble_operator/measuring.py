@@ -108,12 +108,17 @@ class Measurer:
             "--cache-dir", str(self._models),
         )  # fmt: skip
         lines: list[str] = []
-        answer = await run_once(arguments, lines.append, stdin=msgspec.json.encode(spec))
+        name = task.source.name
+
+        def said(line: str) -> None:
+            self._report(f"{name}: {line}")
+
+        answer = await run_once(arguments, lines.append, on_error=said, stdin=msgspec.json.encode(spec))
         found = measurement_of(lines)
         if answer.code != 0 and not found.error:
             found = msgspec.structs.replace(found, error=_cause(answer.code, answer.errors))
         if not found.points and not found.error:
-            raise NotUnderstood(f"measuring member {task.source.name!r} ended without a result and without an error")
+            raise NotUnderstood(f"measuring member {name!r} ended without a result and without an error")
         return found
 
     def _keep(self, path: Path, found: Measurement) -> None:

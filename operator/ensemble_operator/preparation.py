@@ -27,7 +27,8 @@ from ensemble_operator.measurements import (
 from ensemble_operator.measuring import Measurer, Task, find_devices
 from ensemble_operator.plans import Tensors, model_source
 
-MEASURE_BUDGET_S = 2.0
+# Of each member: loads, then batches of half a second; no further batch size is begun after it.
+MEASURE_BUDGET_S = 10.0
 ROW_CACHE_BYTES = 256 << 20
 
 
@@ -47,6 +48,7 @@ class ServeOptions:
     runtime_base: str | None
     link: str
     encryption: str
+    log_level: str
 
 
 @dataclass(frozen=True, slots=True)

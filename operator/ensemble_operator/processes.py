@@ -167,8 +167,14 @@ class Answer:
     errors: tuple[str, ...]
 
 
-async def run_once(arguments: Sequence[str], on_line: Callable[[str], None], *, stdin: bytes = b"") -> Answer:
-    """Run a program to its end, giving each line of its standard output to `on_line` as it comes.
+async def run_once(
+    arguments: Sequence[str],
+    on_line: Callable[[str], None],
+    *,
+    on_error: Callable[[str], None] | None = None,
+    stdin: bytes = b"",
+) -> Answer:
+    """Run a program to its end, giving each line of its standard output to `on_line` as it comes, of its error too.
 
     Cancelled, it ends the program and its group first. Raises OSError if it cannot be started.
     """
@@ -176,7 +182,13 @@ async def run_once(arguments: Sequence[str], on_line: Callable[[str], None], *, 
     errors: deque[str] = deque(maxlen=REMEMBERED_LINES)
     assert process.stdin is not None  # noqa: S101 - asked for above
     assert process.stderr is not None  # noqa: S101
-    reading = asyncio.create_task(_read_lines(process.stderr, errors.append))
+
+    def said(line: str) -> None:
+        errors.append(line)
+        if on_error is not None:
+            on_error(line)
+
+    reading = asyncio.create_task(_read_lines(process.stderr, said))
     try:
         with contextlib.suppress(ConnectionError):  # it may end without reading
             process.stdin.write(stdin)

@@ -1,8 +1,8 @@
 """Small real models, and the files that users would bring: `.pt2`, `.pt` (TorchScript) and `.onnx`.
 
-Every `export_*` writes one file and returns its path; the same arguments give the same weights. Exports are made once in a
-process and kept as bytes, because the first torch.export of a process takes seconds. Batches are dynamic unless `batch` says
-otherwise. The suffix of the path chooses the format.
+Every `export_*` writes one file and returns its path; the same arguments give the same weights. Exports are made once
+in a process and kept as bytes, because the first torch.export of a process takes seconds. Batches are dynamic unless
+`batch` says otherwise. The suffix of the path chooses the format.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MAX_BATCH = 4096
 
 
 class TwoByTwo(nn.Module):
-    """Two inputs, `image` (4) and `scale` (1) and two outputs, `scaled` (4) and `total` (1), as a dict in that order."""
+    """Two inputs, `image` (4) and `scale` (1), and two outputs in a dict, `scaled` (4) and `total` (1)."""
 
     def forward(self, image: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"scaled": image * scale, "total": image.sum(-1, keepdim=True) + scale}
 
 
 class IntegersAndFlags(nn.Module):
-    """Inputs `ids` (INT64, 3) and `keep` (BOOL, 3); outputs the kept ids and whether any was kept, with shapes (3) and (1)."""
+    """Inputs `ids` (INT64, 3) and `keep` (BOOL, 3); outputs twice the kept ids (3), and whether any was kept (1)."""
 
     def forward(self, ids: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.where(keep, ids * 2, torch.zeros_like(ids)), keep.any(-1, keepdim=True)
@@ -67,7 +67,13 @@ def make_mlp(*, seed: int, inputs: int = 64, hidden: int = 256, classes: int = 1
     """inputs -> hidden -> hidden -> classes with ReLUs, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = (nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+        layers = (
+            nn.Linear(inputs, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, classes),
+        )
         return nn.Sequential(*layers).eval()
 
 
@@ -128,21 +134,16 @@ def export_module(path: Path, module: nn.Module, example: Sequence[torch.Tensor]
 def _write(
     path: Path, key: str, make: Callable[[], nn.Module], example: tuple[torch.Tensor, ...], batch: int | None
 ) -> Path:
-    path.write_bytes(_kept_exports().setdefault(path.suffix + key, b"") or _keep(path.suffix, key, make, example, batch))
+    kept, key = _kept_exports(), path.suffix + key
+    if key not in kept:
+        kept[key] = _export(path.suffix, make(), example, batch)
+    path.write_bytes(kept[key])
     return path
 
 
 @functools.cache
 def _kept_exports() -> dict[str, bytes]:
     return {}
-
-
-def _keep(
-    suffix: str, key: str, make: Callable[[], nn.Module], example: tuple[torch.Tensor, ...], batch: int | None
-) -> bytes:
-    exported = _export(suffix, make(), example, batch)
-    _kept_exports()[suffix + key] = exported
-    return exported
 
 
 def _export(suffix: str, module: nn.Module, example: tuple[torch.Tensor, ...], batch: int | None) -> bytes:
@@ -152,7 +153,8 @@ def _export(suffix: str, module: nn.Module, example: tuple[torch.Tensor, ...], b
         if suffix == ".pt2":
             torch.export.save(_exported(module, example, batch), path)
         elif suffix == ".pt":
-            torch.jit.save(torch.jit.trace(module, example, strict=False, check_trace=False), path)
+            traced = torch.jit.trace(module, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
+            torch.jit.save(traced, path)
         elif suffix == ".onnx":
             _save_onnx(module, example, batch, path)
         else:

@@ -6,12 +6,15 @@ Workers share one pair and gateways another (a folder is a mounted Secret). Keys
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 OWN_PUBLIC = "own.public"
 OWN_SECRET = "own.secret"  # noqa: S105  # a file's name
 PEER_PUBLIC = "peer.public"
+
+_Z85 = re.compile(rb"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,10 @@ class KeyFiles:
                 key = (folder / name).read_bytes().strip()
             except OSError as error:
                 raise ValueError(f"{folder / name}: {error.strerror}") from error
-            if len(key) != 40:
-                raise ValueError(f"{folder / name}: a key has 40 characters of Z85, this file has {len(key)}")
+            if not _Z85.fullmatch(key):
+                raise ValueError(
+                    f"{folder / name}: not a key of 40 characters of Z85, but {len(key)} bytes of something else"
+                )
             found.append(key)
         return KeyFiles(*found)
 

@@ -5,7 +5,10 @@ A plan has a generation and the highest wins. Members are listed once; a worker'
 
 from __future__ import annotations
 
+import math
+import re
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -13,6 +16,7 @@ from ensemble_contract.errors import InvalidPlan
 from ensemble_contract.tensors import FLOATING, TensorSpec
 
 MAX_PLAN_BYTES = 900_000
+MAX_GENERATION = (1 << 63) - 1
 
 RULES = ("mean", "weightedMean", "geometricMean", "median", "max", "min", "vote", "weightedVote", "none")
 WEIGHTED_RULES = frozenset({"weightedMean", "weightedVote"})
@@ -34,6 +38,12 @@ class ModelSource(msgspec.Struct, frozen=True, rename="camel"):
     activation: str = "none"
     sha256: str = ""
     version: str = "1"
+
+    def __post_init__(self) -> None:
+        """Check format, activation and hash."""
+        _check_model("members", self.name, self.format, self.activation)
+        if self.sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256):
+            raise InvalidPlan(f"members: sha256 {self.sha256[:80]!r} of {self.name!r} is not 64 hexadecimal digits")
 
 
 class Instance(msgspec.Struct, frozen=True, rename="camel"):
@@ -60,7 +70,10 @@ class WorkerPlan(msgspec.Struct, frozen=True, rename="camel"):
 
     def __post_init__(self) -> None:
         """Check that the instances name listed members once, with positive batch sizes."""
+        _check_generation(self.generation)
         _check_tensors(self.inputs, self.outputs)
+        if self.row_cache_bytes < 0:
+            raise InvalidPlan(f"rowCacheBytes: {self.row_cache_bytes} is below 0")
         names = [m.name for m in self.members]
         if len(set(names)) != len(names):
             raise InvalidPlan("members: a name is listed twice")
@@ -86,12 +99,25 @@ class ServedMember(msgspec.Struct, frozen=True, rename="camel"):
     format: str = "torch-export"
     activation: str = "none"
 
+    def __post_init__(self) -> None:
+        """Check format, activation and weight."""
+        _check_model("members", self.name, self.format, self.activation)
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise InvalidPlan(f"members: weight {self.weight} of {self.name!r} is not above 0")
+
 
 class WorkerAddress(msgspec.Struct, frozen=True, rename="camel"):
     """A worker's name and data address: `unix:PATH` (shared memory) or `tcp://HOST:PORT` (ZeroMQ)."""
 
     name: str
     address: str
+
+    def __post_init__(self) -> None:
+        """Check the address's form; whether somebody is there is found out by connecting."""
+        if not _is_address(self.address):
+            raise InvalidPlan(
+                f"workers: address {self.address[:200]!r} of {self.name!r} is neither unix:PATH nor tcp://HOST:PORT"
+            )
 
 
 class GatewayPlan(msgspec.Struct, frozen=True, rename="camel"):
@@ -112,17 +138,53 @@ class GatewayPlan(msgspec.Struct, frozen=True, rename="camel"):
     version: str = "1"
 
     def __post_init__(self) -> None:
-        """Check rule, quorum and names. A quorum of 0 means all members."""
+        """Check rule, quorum, limits and names. A quorum of 0 means all members."""
+        _check_generation(self.generation)
         _check_tensors(self.inputs, self.outputs)
+        _check_limits(self)
         names = [m.name for m in self.members]
         if not names or len(set(names)) != len(names):
             raise InvalidPlan("members: at least one, each with a name of its own")
+        if len({worker.name for worker in self.workers}) != len(self.workers):
+            raise InvalidPlan("workers: a name is listed twice")
         if self.rule not in RULES:
             raise InvalidPlan(f"rule: {self.rule!r} is not one of {', '.join(RULES)}")
         if self.rule not in INTEGER_RULES and any(o.datatype not in FLOATING for o in self.outputs):
             raise InvalidPlan(f"rule: {self.rule!r} needs floating outputs")
         if not 0 <= self.quorum <= len(names):
             raise InvalidPlan(f"quorum: {self.quorum} is not in 1..{len(names)}")
+
+
+def _check_generation(generation: int) -> None:
+    if not 0 <= generation <= MAX_GENERATION:
+        raise InvalidPlan(f"generation: {generation} is not in 0..{MAX_GENERATION}")
+
+
+def _check_limits(plan: GatewayPlan) -> None:
+    if not (math.isfinite(plan.timeout_s) and plan.timeout_s > 0):
+        raise InvalidPlan(f"timeoutS: {plan.timeout_s} is not above 0")
+    if not (math.isfinite(plan.max_delay_s) and plan.max_delay_s >= 0):
+        raise InvalidPlan(f"maxDelayS: {plan.max_delay_s} is below 0")
+    if plan.max_queue_bytes < 1:
+        raise InvalidPlan(f"maxQueueBytes: {plan.max_queue_bytes} is not above 0")
+
+
+def _check_model(field: str, name: str, form: str, activation: str) -> None:
+    if form not in FORMATS:
+        raise InvalidPlan(f"{field}: format {form[:80]!r} of {name!r} is not one of {', '.join(FORMATS)}")
+    if activation not in ACTIVATIONS:
+        raise InvalidPlan(f"{field}: activation {activation[:80]!r} of {name!r} is not one of {', '.join(ACTIVATIONS)}")
+
+
+def _is_address(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        named = bool(parts.hostname and parts.port)
+    except ValueError:
+        return False
+    if parts.scheme == "unix":
+        return len(address) > len("unix:")
+    return parts.scheme == "tcp" and named and parts.path == parts.query == parts.fragment == ""
 
 
 def _check_tensors(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
@@ -155,5 +217,5 @@ def decode_plan(text: bytes, form: type[PlanT]) -> PlanT:
         raise InvalidPlan(f"the plan has {len(text)} bytes, over the limit of {MAX_PLAN_BYTES}")
     try:
         return msgspec.json.decode(text, type=form)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise InvalidPlan(str(error)) from error

@@ -51,13 +51,16 @@ class TensorSpec(msgspec.Struct, frozen=True, rename="camel"):
 
         Raises InvalidPlan naming the tensor.
         """
+        if not self.name:
+            raise InvalidPlan("a tensor has no name")
         if self.datatype not in NUMPY_DTYPES:
             raise InvalidPlan(
-                f"tensor {self.name!r}: datatype {self.datatype!r} is not one of {', '.join(NUMPY_DTYPES)}"
+                f"tensor {self.name!r}: datatype {self.datatype[:80]!r} is not one of {', '.join(NUMPY_DTYPES)}"
             )
         if len(self.shape) > MAX_RANK or any(d < 1 for d in self.shape):
+            shown = list(self.shape[: MAX_RANK + 1])
             raise InvalidPlan(
-                f"tensor {self.name!r}: shape {list(self.shape)} must have at most {MAX_RANK} positive dimensions"
+                f"tensor {self.name!r}: shape {shown} must have at most {MAX_RANK} dimensions, all positive"
             )
         if self.row_bytes > MAX_ROW_BYTES:
             raise InvalidPlan(
@@ -81,7 +84,7 @@ class TensorSpec(msgspec.Struct, frozen=True, rename="camel"):
 
     @property
     def carried(self) -> TensorSpec:
-        """How an output travels from worker to gateway: FP16 and BF16 as FP32, which loses nothing; others as they are."""
+        """How an output travels to the gateway: FP16 and BF16 as FP32, which loses nothing; others as they are."""
         if self.datatype in ("FP16", "BF16"):
             return TensorSpec(self.name, "FP32", self.shape)
         return self

@@ -6,6 +6,7 @@ returns a message or raises ProtocolError, and allocates no more than a small mu
 
 from __future__ import annotations
 
+import math
 import struct
 import sys
 from array import array
@@ -22,7 +23,19 @@ PROTOCOL_VERSION = 1
 MAGIC = 0x4F45  # "EO", little-endian
 MAX_CONTROL_BYTES = 1 << 20
 MAX_TEXT_BYTES = 4096
+# The longest frame without a tensor: a PUT of as many ranges as a batch may have, or a control message.
+MAX_FRAME_BYTES = 2 << 20
 MAX_ROWS = 1 << 24
+MAX_BATCH_ROWS = 65_536
+MAX_SLOTS = (1 << 32) - 1
+MAX_SHARED_BYTES = 1 << 48
+MIN_RING_BYTES = 128 + 1024
+MAX_RING_BYTES = 1 << 30
+MAX_CREDITS = 1024
+RESULT_ALIGNMENT = 64
+
+# C leaves the size of these to the platform; the wire does not.
+_U32 = next(code for code in "IL" if array(code).itemsize == 4)
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -40,6 +53,7 @@ _RUN = struct.Struct("<HBBIQIIQ")
 _PUT = struct.Struct("<HBBIII")
 _RESULT = struct.Struct("<HBBIQQQ")
 _FAILED = struct.Struct("<HBBIQ")
+_PAIR = struct.Struct("<II")
 
 
 class MessageType(IntEnum):
@@ -81,6 +95,13 @@ class SharedLayout(msgspec.Struct, frozen=True, rename="camel"):
     ring_bytes: int
     arena_bytes: int
 
+    def __post_init__(self) -> None:
+        """Refuse sizes that nobody could map. Raises ValueError naming the field."""
+        _within("slots", self.slots, 1, MAX_SLOTS)
+        _within("storeBytes", self.store_bytes, 1, MAX_SHARED_BYTES)
+        _within("ringBytes", self.ring_bytes, MIN_RING_BYTES, MAX_RING_BYTES)
+        _within("arenaBytes", self.arena_bytes, 1, MAX_SHARED_BYTES)
+
 
 class LiveInstance(msgspec.Struct, frozen=True, rename="camel"):
     """An instance that answers now. `id` is unique in the worker's life; `latency_s` is that of one full batch."""
@@ -91,12 +112,20 @@ class LiveInstance(msgspec.Struct, frozen=True, rename="camel"):
     batch_size: int
     latency_s: float
 
+    def __post_init__(self) -> None:
+        """Refuse what nobody could plan with. Raises ValueError naming the field."""
+        _within("id", self.id, 0, 0xFFFF_FFFF)
+        _within("batchSize", self.batch_size, 1, MAX_BATCH_ROWS)
+        if not (math.isfinite(self.latency_s) and self.latency_s >= 0):
+            raise ValueError(f"latencyS of {self.latency_s} is not a duration")
+
 
 class State(msgspec.Struct, frozen=True, rename="camel"):
     """What a worker can do for this gateway, sent after Hello and on every change.
 
-    `serial`: one batch at a time (a CPU device), so that `credits` count batches of the whole worker; otherwise they count
-    batches of each instance. `cache_rows`: rows that this gateway may keep here (0: rows are read where they lie).
+    `serial`: one batch at a time (a CPU device), so that `credits` count batches of the whole worker; otherwise they
+    count batches of each instance. `cache_rows`: rows that this gateway may keep here (0: rows are read where they
+    lie); it stays the same for the whole connection.
     """
 
     worker: str
@@ -106,6 +135,14 @@ class State(msgspec.Struct, frozen=True, rename="camel"):
     credits: int
     cache_rows: int = 0
     device_class: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself. Raises ValueError naming the field."""
+        _within("generation", self.generation, 0, (1 << 63) - 1)
+        _within("credits", self.credits, 1, MAX_CREDITS)
+        _within("cacheRows", self.cache_rows, 0, MAX_SLOTS)
+        if len({instance.id for instance in self.instances}) != len(self.instances):
+            raise ValueError("instances: an id is listed twice")
 
 
 class Ping(msgspec.Struct, frozen=True):
@@ -117,7 +154,7 @@ class Bye(msgspec.Struct, frozen=True):
 
 
 class Put(msgspec.Struct, frozen=True):
-    """Rows for the worker's cache: ranges of cache slots; the tensors follow, or lie in ranges `source` of the store."""
+    """Rows for ranges of slots in the worker's cache; the tensors follow, or lie in ranges `source` of the store."""
 
     cache: RowRanges
     source: RowRanges
@@ -126,7 +163,8 @@ class Put(msgspec.Struct, frozen=True):
 class Run(msgspec.Struct, frozen=True):
     """Run one batch: the rows in these ranges (of the cache, or of the store), through one instance.
 
-    `result_offset` is where in the results' shared memory the outputs go, one after the other, each 64-byte aligned.
+    `result_offset`, a multiple of 64, is where in the results' shared memory the outputs go, one after the other, each
+    64-byte aligned.
     """
 
     batch: int
@@ -174,14 +212,14 @@ def encode_run(batch: int, instance: int, rows: int, result_offset: int, ranges:
     """The bytes of a Run."""
     head = _RUN.pack(MAGIC, PROTOCOL_VERSION, MessageType.RUN, len(ranges), batch, instance, rows, result_offset)
     if len(ranges) == 1:
-        return head + struct.pack("<II", *ranges[0])
-    return head + array("I", [number for pair in ranges for number in pair]).tobytes()
+        return head + _PAIR.pack(*ranges[0])
+    return head + _pairs(ranges)
 
 
 def encode_put(cache: Ranges, source: Ranges = ()) -> bytes:
     """The bytes of a Put's head; tensors follow as frames unless `source` says where they lie."""
-    numbers = array("I", [number for ranges in (cache, source) for pair in ranges for number in pair])
-    return _PUT.pack(MAGIC, PROTOCOL_VERSION, MessageType.PUT, 0, len(cache), len(source)) + numbers.tobytes()
+    head = _PUT.pack(MAGIC, PROTOCOL_VERSION, MessageType.PUT, 0, len(cache), len(source))
+    return head + _pairs(cache) + _pairs(source)
 
 
 def encode_result(batch: int, compute_ns: int, queue_ns: int) -> bytes:
@@ -191,7 +229,8 @@ def encode_result(batch: int, compute_ns: int, queue_ns: int) -> bytes:
 
 def encode_failed(batch: int, code: FailureCode, text: str) -> bytes:
     """The bytes of a Failed; the text is cut at 4 kB."""
-    return _FAILED.pack(MAGIC, PROTOCOL_VERSION, MessageType.FAILED, code, batch) + text.encode()[:MAX_TEXT_BYTES]
+    cut = text.encode(errors="replace")[:MAX_TEXT_BYTES]
+    return _FAILED.pack(MAGIC, PROTOCOL_VERSION, MessageType.FAILED, code, batch) + cut
 
 
 def decode(head: bytes | memoryview) -> Message:
@@ -220,6 +259,8 @@ def _decode_run(head: bytes | memoryview, count: int) -> Run:
     ranges = _ranges(head, _RUN.size, count)
     if not 1 <= rows <= MAX_ROWS or ranges.rows != rows:
         raise ProtocolError(f"RUN of {rows} rows: its ranges do not add up")
+    if result_offset % RESULT_ALIGNMENT:
+        raise ProtocolError(f"RUN with results at {result_offset}, which is not a multiple of {RESULT_ALIGNMENT}")
     return Run(batch, instance, rows, result_offset, ranges)
 
 
@@ -259,7 +300,7 @@ def _decode_control(head: bytes | memoryview, length: int, form: type[ControlT])
         raise ProtocolError(f"{form.__name__.upper()} of {len(head)} bytes does not hold {length} bytes of JSON")
     try:
         return msgspec.json.decode(head[_HEAD.size :], type=form)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"{form.__name__.upper()}: {error}") from error
 
 
@@ -271,7 +312,7 @@ def _empty(head: bytes | memoryview, form: type[Ping] | type[Bye]) -> Ping | Bye
 
 def _ranges(head: bytes | memoryview, offset: int, count: int) -> RowRanges:
     """`count` pairs of start and length; every range has rows and lies inside 32 bits."""
-    numbers = array("I")
+    numbers = array(_U32)
     numbers.frombytes(head[offset : offset + 8 * count])
     if sys.byteorder == "big":
         numbers.byteswap()
@@ -279,6 +320,18 @@ def _ranges(head: bytes | memoryview, offset: int, count: int) -> RowRanges:
     if count and (min(counts) == 0 or max(map(add, starts, counts)) > 0xFFFF_FFFF):
         raise ProtocolError("a range is empty or ends beyond 32 bits")
     return RowRanges(starts, counts, sum(counts))
+
+
+def _pairs(ranges: Ranges) -> bytes:
+    numbers = array(_U32, [number for pair in ranges for number in pair])
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tobytes()
+
+
+def _within(field: str, number: int, low: int, high: int) -> None:
+    if not low <= number <= high:
+        raise ValueError(f"{field} of {number} is not in {low}..{high}")
 
 
 _DECODERS: dict[int, Any] = {

@@ -1,13 +1,33 @@
-"""How many bytes of large bodies are received at once: clients beyond wait their turn, in order. Pure bookkeeping."""
+"""How long clients may keep a connection waiting, and how many bytes of large bodies come at once. Pure bookkeeping."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 # Smaller bodies are read as they come.
 SMALL_BYTES = 64 << 10
 RECEIVED_AT_ONCE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long clients may keep a connection waiting.
+
+    A head must have come within `stall_s` of its first byte, a body within `stall_s` and its size at
+    `slowest_bytes_per_s`; answers must be taken without a pause of `stall_s`; `idle_s` may pass between requests, and
+    `linger_s` between an error after which nothing more is read and the end.
+    """
+
+    stall_s: float = 60.0
+    slowest_bytes_per_s: float = 32 << 10
+    idle_s: float = 300.0
+    linger_s: float = 2.0
+
+    def body_s(self, size: int) -> float:
+        """How long a body of so many bytes may take."""
+        return self.stall_s + size / self.slowest_bytes_per_s
 
 
 class Receiver(Protocol):
@@ -21,7 +41,7 @@ ReceiverT = TypeVar("ReceiverT", bound=Receiver)
 
 
 class BodyBudget(Generic[ReceiverT]):
-    """Admits bodies while those being received stay within `limit` bytes together; one alone is always admitted."""
+    """Admits bodies, in order, while all being received stay within `limit` bytes; one alone is always admitted."""
 
     def __init__(self, limit: int = RECEIVED_AT_ONCE_BYTES) -> None:
         self._limit = limit

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import math
 import os
 import signal
 import socket
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
 from aiohttp import web
+
 from ensemble_contract.keys import KeyFiles
 from ensemble_contract.orphan import die_with_parent
 from ensemble_contract.plan import GatewayPlan, WorkerAddress
-
 from ensemble_gateway.admin import make_admin
+from ensemble_gateway.admission import Limits
 from ensemble_gateway.edge import Edge
 from ensemble_gateway.links import Link, LinkOwner
 from ensemble_gateway.links.shared import SharedLink, SharedMemory
@@ -31,8 +33,11 @@ _LOG = logging.getLogger(__name__)
 
 BACKLOG = 4096
 SWEEP_S = 5.0
-DRAIN_S = 30.0
-# JSON and framing around the rows of the largest request that a store can take.
+# Below the 30 s that Kubernetes gives a pod by default.
+DRAIN_S = 25.0
+# A body lies in memory beside the rows in the store, and its JSON beside that: larger requests go in parts.
+MAX_BODY_BYTES = 64 << 20
+# JSON and framing around the rows of the largest request that a small store can take.
 BODY_MARGIN_BYTES = 1 << 20
 
 
@@ -58,6 +63,7 @@ class Gateway:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._retiring: set[asyncio.Task[None]] = set()
         self.url = ""
+        self._newest = options.plan
         self.pipeline = Pipeline(options.plan, self._make_link)
         self.pipeline.start()
 
@@ -72,9 +78,10 @@ class Gateway:
 
         Requests go to the new pipeline as soon as it has a live instance of every member, until then to the former.
         """
-        if plan.generation < self.pipeline.plan.generation:
+        if plan.generation < self._newest.generation:
             return False
-        if plan != self.pipeline.plan:
+        if plan != self._newest:
+            self._newest = plan
             task = asyncio.get_running_loop().create_task(self._change(plan))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
@@ -83,28 +90,17 @@ class Gateway:
     async def _change(self, plan: GatewayPlan) -> None:
         following = Pipeline(plan, self._make_link, self.pipeline.metrics)
         following.start()
-        deadline = asyncio.get_running_loop().time() + plan.timeout_s
-        while not following.ready and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
-        if self.pipeline.plan.generation > plan.generation:
+        await _until(lambda: following.ready or self._newest is not plan, plan.timeout_s)
+        if self._newest is not plan:
             following.close()
             return
         former, self.pipeline = self.pipeline, following
-        while not former.idle:
-            await asyncio.sleep(0.02)
+        await _until(lambda: former.idle)
         former.close()
 
     def drain(self) -> None:
         """Say that no new requests shall come."""
         self.pipeline.draining = True
-
-    async def idle(self, within_s: float) -> bool:
-        """Wait until no request is in flight; False if that takes too long."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                while not self.pipeline.idle:
-                    await asyncio.sleep(0.01)
-        return self.pipeline.idle
 
     def close(self) -> None:
         """Leave the workers."""
@@ -112,6 +108,44 @@ class Gateway:
             task.cancel()
         self.pipeline.close()
         self._context.destroy(linger=0)
+
+
+class Port:
+    """The public port: the edge, and behind it the aiohttp application for what the edge does not answer itself."""
+
+    def __init__(self, gateway: Gateway, max_body_bytes: int, limits: Limits | None = None) -> None:
+        self.edge = Edge(lambda: gateway.pipeline, max_body_bytes, limits)
+        app = make_app(lambda: gateway.pipeline, max_body_bytes=max_body_bytes)
+        app.middlewares.insert(0, self.edge.announce)
+        self._runner = make_runner(app, shutdown_timeout_s=0.1)
+        self._server: asyncio.Server | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def open(self, host: str, port: int) -> str:
+        """Accept clients; the URL. Raises OSError when the address cannot be bound."""
+        await self._runner.setup()
+        if self._runner.server is None:
+            raise AssertionError("a runner that is set up has a server")
+        self.edge.serve_others(self._runner.server)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self.edge.new_connection, host, port, backlog=BACKLOG)
+        self._sweeper = loop.create_task(_sweep(self.edge))
+        address, number = self._server.sockets[0].getsockname()[:2]
+        return f"http://[{address}]:{number}" if ":" in address else f"http://{address}:{number}"
+
+    async def drain(self, within_s: float) -> bool:
+        """Accept no more clients and answer what was asked; False if connections had to be broken."""
+        if self._server is not None:
+            self._server.close()
+        return await self.edge.drain(within_s)
+
+    async def close(self) -> None:
+        """Break what is left."""
+        if self._server is not None:
+            self._server.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await self._runner.cleanup()
 
 
 async def serve(options: Options) -> None:
@@ -125,40 +159,34 @@ async def serve(options: Options) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     gateway = Gateway(options)
-    max_body_bytes = options.plan.max_queue_bytes + BODY_MARGIN_BYTES
-    edge = Edge(lambda: gateway.pipeline, max_body_bytes)
-    app = make_app(lambda: gateway.pipeline, max_body_bytes=max_body_bytes)
-    app.middlewares.insert(0, edge.announce)
-    runner = make_runner(app, shutdown_timeout_s=DRAIN_S)
-    await runner.setup()
-    if runner.server is None:
-        raise AssertionError("a runner that is set up has a server")
-    edge.serve_others(runner.server)
+    port = Port(gateway, min(options.plan.max_queue_bytes, MAX_BODY_BYTES) + BODY_MARGIN_BYTES)
     admin = web.AppRunner(make_admin(gateway, options.token), access_log=None)
     await admin.setup()
     try:
-        server = await loop.create_server(edge.new_connection, options.host, options.port, backlog=BACKLOG)
-        host, port = server.sockets[0].getsockname()[:2]
-        gateway.url = f"http://{host}:{port}"
+        gateway.url = await port.open(options.host, options.port)
         await _site(admin, options.admin).start()
-        sweeper = loop.create_task(_sweep(edge))
         _LOG.info("serving %s at %s", options.plan.ensemble, gateway.url)
         await stop.wait()
         gateway.drain()
-        server.close()
-        edge.drain()
-        if not await gateway.idle(DRAIN_S):
+        if not await port.drain(DRAIN_S):
             _LOG.warning("requests were still in flight after %.0f s", DRAIN_S)
-        sweeper.cancel()
     finally:
+        await port.close()
         gateway.close()
         await admin.cleanup()
-        await runner.cleanup()
+
+
+async def _until(condition: Callable[[], bool], within_s: float = math.inf) -> None:
+    """Wait until `condition` holds, or the time is over. What it asks changes in many places, and rarely."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + within_s
+    while not condition() and loop.time() < deadline:  # noqa: ASYNC110  # no single event to wait for
+        await asyncio.sleep(0.02)
 
 
 async def _sweep(edge: Edge) -> None:
     while True:
-        await asyncio.sleep(SWEEP_S)
+        await asyncio.sleep(min(SWEEP_S, edge.limits.linger_s))
         edge.sweep(asyncio.get_running_loop().time())
 
 

@@ -1,29 +1,29 @@
 """The dispatcher: which rows of which member go to which worker next, and when a request is finished.
 
 Pure: fed with events and a clock, it returns the batches to send and the requests to answer; sockets are elsewhere.
-Each member has a queue of entries (a request's contiguous rows). Whenever a lane is open it is given the next rows
-of one of its members: those of the oldest request, and among its members the one with the most work left, so that the
-longest member of a request starts first. A request's rows are spread over the lanes that are open, in equal parts.
+Each member has a queue of entries (a request's contiguous rows). Whenever a lane is open, rows are given out: those of
+the oldest request first, and among its members those of the one with the most work left, so that the longest member of
+a request starts first. `placement` says which lane gets how many.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
 from itertools import count
+from math import inf
 
 from ensemble_contract.wire import State
 from ensemble_gateway.deadlines import Deadlines
 from ensemble_gateway.lanes import Instance, Lane, lanes_of
+from ensemble_gateway.placement import Lanes, Offer
 from ensemble_gateway.queues import Entry, Failure, Queues, Request, bits
-
-# Parts of a request that are spread over lanes take at least so long: below, sending costs more than it gains.
-MIN_PART_S = 0.0003
 
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Rows on their way through one instance."""
+    """Rows on their way through one instance. `waited_s` is summed over its entries."""
 
     id: int
     lane: Lane
@@ -37,7 +37,7 @@ class Batch:
     @property
     def ranges(self) -> list[tuple[int, int]]:
         """The slots of its rows, in order."""
-        return [(entry.start, entry.rows) for entry in self.entries]
+        return [(start, rows) for _, start, rows, _, _ in self.entries]
 
 
 class Dispatcher:
@@ -48,19 +48,18 @@ class Dispatcher:
         self._index = {pair: column for column, pair in enumerate(members)}
         self._max_delay_s = max_delay_s
         self._queues = Queues(len(members))
-        self._hosts: list[list[Lane]] = [[] for _ in members]
-        self._alive = 0
-        self._lanes: dict[str, list[Lane]] = {}
+        self._lanes = Lanes(len(members))
         self._batches: dict[int, Batch] = {}
         self._ids = count(1)
         self._seqs = count(1)
+        self._assign_at = inf
         self.deadlines: Deadlines[Request] = Deadlines()
 
     # -- what the caller asks -------------------------------------------------------------------------------------
 
     def alive(self, member: int) -> bool:
         """Whether the member has a live instance."""
-        return bool(self._alive >> member & 1)
+        return bool(self._lanes.alive >> member & 1)
 
     def waiting_rows(self, member: int) -> int:
         """Rows queued for a member, not yet with a worker."""
@@ -72,22 +71,24 @@ class Dispatcher:
 
     def in_flight(self, worker: str) -> int:
         """Batches with a worker."""
-        return sum(len(lane.batches) for lane in self._lanes.get(worker, ()))
+        return sum(len(lane.batches) for lane in self._lanes.by_worker.get(worker, ()))
 
     def instances(self) -> Iterator[tuple[str, Instance]]:
         """Every live instance with its worker."""
-        for worker, lanes in self._lanes.items():
+        for worker, lanes in self._lanes.by_worker.items():
             for lane in lanes:
                 for instance in lane.instances.values():
                     yield worker, instance
 
     def overdue(self, now: float) -> list[str]:
         """Workers whose oldest batch takes far too long."""
-        return [worker for worker, lanes in self._lanes.items() if any(lane.overdue(now) for lane in lanes)]
+        workers = self._lanes.by_worker.items()
+        return [worker for worker, lanes in workers if any(lane.overdue(now) for lane in lanes)]
 
     def next_at(self) -> float | None:
-        """When `expire` has something to do."""
-        return self.deadlines.next_at()
+        """When `expire` or `assign` has something to do that no event announces."""
+        at = self.deadlines.next_at()
+        return at if self._assign_at == inf or (at is not None and at <= self._assign_at) else self._assign_at
 
     # -- events ---------------------------------------------------------------------------------------------------
 
@@ -100,33 +101,29 @@ class Dispatcher:
 
     def update(self, state: State) -> list[Request]:
         """A worker says what it can run; returns requests that are finished because a member is gone."""
-        before = self._lanes.get(state.worker, [])
+        before = self._lanes.by_worker.get(state.worker, [])
         known = {instance.id: instance for lane in before for instance in lane.instances.values()}
         lanes = lanes_of(state, self._index, known)
         for lane in lanes:
-            _inherit(lane, before)
+            for old in before:
+                lane.inherit(old)
         orphaned = [batch for lane in before for batch in lane.batches.values() if batch.lane is lane]
-        self._replace(state.worker, lanes)
+        alive = self._lanes.alive
+        self._lanes.replace(state.worker, lanes)
         for batch in orphaned:
             del self._batches[batch.id]
             self._requeue(batch, ())
-        return self._finish_without_dead() if orphaned or before else []
+        return self._finish_without_dead(alive)
 
     def lost(self, worker: str) -> list[Request]:
         """A worker is gone: the batch that each lane was running is blamed, all its rows are queued again."""
-        lanes = self._replace(worker, [])
-        finished: list[Request] = []
-        for lane in lanes:
-            for position, batch in enumerate(list(lane.batches.values())):
-                del self._batches[batch.id]
-                finished += self._requeue(batch, (worker,) if position == 0 else ())
-        return finished + self._finish_without_dead()
+        return self._lose(worker, None)
 
     def take(self, batch_id: int, now: float) -> Batch | None:
         """The batch that a worker has finished or failed; None when it was given up before."""
         batch = self._batches.pop(batch_id, None)
         if batch is not None:
-            batch.lane.finish(batch, now)
+            self._lanes.finish(batch, now)
         return batch
 
     def settle(self, batch: Batch, compute_s: float) -> list[Request]:
@@ -135,23 +132,37 @@ class Dispatcher:
         member = batch.instance.member
         bit = 1 << member
         finished = []
-        for entry in batch.entries:
-            request = entry.request
+        for request, _, rows, _, _ in batch.entries:
             if request.closed:
                 continue
-            if entry.rows != request.rows:
+            if rows != request.rows:
                 left = request.left = request.left or {}
-                left[member] = left.get(member, request.rows) - entry.rows
+                left[member] = left.get(member, request.rows) - rows
                 if left[member]:
                     continue
-            request.done |= bit
-            if self._complete(request):
-                finished.append(request)
+            done = request.done = request.done | bit
+            if done != request.wanted:
+                # The usual case, told apart without a call: it waits for other members.
+                if not request.failed and request.wanted & ~done & self._lanes.alive:
+                    continue
+                if not self._complete(request):
+                    continue
+            else:
+                self._close(request)
+            finished.append(request)
         return finished
 
     def retry(self, batch: Batch, *, blame: bool) -> list[Request]:
-        """A worker gave a batch back: its rows go elsewhere; `blame` if they may be the reason."""
-        return self._requeue(batch, (batch.lane.worker,) if blame else ())
+        """A worker gave a batch back: its rows go elsewhere.
+
+        With `blame` they may be the reason that its device is lost, and the worker gets nothing more. Without, it has
+        no such instance, and that one gets nothing more.
+        """
+        if blame:
+            return self._requeue(batch, (batch.lane.worker,)) + self._lose(batch.lane.worker, batch.lane)
+        alive = self._lanes.alive
+        self._lanes.drop(batch.lane, batch.instance)
+        return self._requeue(batch, ()) + self._finish_without_dead(alive)
 
     def fail(self, batch: Batch, cause: str) -> list[Request]:
         """A worker could not run a batch. Rows of several requests are tried once more, each request's alone."""
@@ -177,26 +188,17 @@ class Dispatcher:
         if not request.closed:
             self._close(request)
 
-    def assign(self, now: float) -> list[Batch]:
-        """The batches to send now."""
-        self._queues.spread()
-        batches: list[Batch] = []
-        while (choice := self._choose(now)) is not None:
-            batches.append(self._cut(*choice, now))
-        return batches
-
     # -- finishing ------------------------------------------------------------------------------------------------
 
     def _complete(self, request: Request) -> bool:
-        """Close a request that has all it can get; False while it waits for a member."""
-        pending = request.wanted & ~(request.done | request.failed)
-        if pending & self._alive:
-            return False
-        if pending and request.done.bit_count() < request.quorum:
-            return False
-        if request.done.bit_count() < request.quorum:
-            causes = "; ".join(f"member {self._names[m]}: {text}" for m, text in (request.causes or {}).items())
-            request.failure = Failure(500, causes)
+        """Close a request that has all it can get, or too little whatever comes; False while it waits for a member."""
+        possible = request.wanted & ~request.failed
+        if possible.bit_count() < request.quorum:
+            request.failure = Failure(500, self._causes(request))
+        else:
+            pending = possible & ~request.done
+            if pending & self._lanes.alive or (pending and request.done.bit_count() < request.quorum):
+                return False
         self._close(request)
         return True
 
@@ -213,18 +215,37 @@ class Dispatcher:
         request.causes = {**(request.causes or {}), member: cause}
         return self._complete(request)
 
-    def _finish_without_dead(self) -> list[Request]:
+    def _finish_without_dead(self, alive_before: int) -> list[Request]:
+        """Requests that waited for nothing but members that are dead now."""
+        if not alive_before & ~self._lanes.alive:
+            return []
         return [request for request in list(self.deadlines) if self._complete(request)]
 
+    def _causes(self, request: Request) -> str:
+        return "; ".join(f"member {self._names[m]}: {text}" for m, text in (request.causes or {}).items())
+
     def _late(self, request: Request, now: float) -> Failure:
-        pending = request.wanted & ~request.done
+        pending = request.wanted & ~(request.done | request.failed)
         names = ", ".join(self._names[m] for m in bits(pending))
-        dead = [self._names[m] for m in bits(pending & ~self._alive)]
+        dead = [self._names[m] for m in bits(pending & ~self._lanes.alive)]
         waited = f"{now - request.admitted_at:.3f} s"
+        failed = f"; {self._causes(request)}" if request.causes else ""
         if dead:
-            return Failure(503, f"no live instance of {', '.join(dead)} after {waited}; still waiting for: {names}")
+            text = f"no live instance of {', '.join(dead)} after {waited}; still waiting for: {names}{failed}"
+            return Failure(503, text)
         have = request.done.bit_count()
-        return Failure(504, f"{have} of the {request.quorum} members needed answered in {waited}; missing: {names}")
+        text = f"{have} of the {request.quorum} members needed answered in {waited}; missing: {names}{failed}"
+        return Failure(504, text)
+
+    def _lose(self, worker: str, blamed: Lane | None) -> list[Request]:
+        """A worker's rows are queued again; the first batch of each lane is blamed, except where one was already."""
+        alive = self._lanes.alive
+        finished: list[Request] = []
+        for lane in self._lanes.replace(worker, []):
+            for position, batch in enumerate(lane.batches.values()):
+                del self._batches[batch.id]
+                finished += self._requeue(batch, (worker,) if position == 0 and lane is not blamed else ())
+        return finished + self._finish_without_dead(alive)
 
     def _requeue(self, batch: Batch, lost: tuple[str, ...]) -> list[Request]:
         """Queue a batch's rows again; rows that lose their second worker fail."""
@@ -242,87 +263,67 @@ class Dispatcher:
 
     # -- assignment -----------------------------------------------------------------------------------------------
 
-    def _replace(self, worker: str, lanes: list[Lane]) -> list[Lane]:
-        before = self._lanes.pop(worker, [])
-        if lanes:
-            self._lanes[worker] = lanes
-        self._hosts = [[] for _ in self._names]
-        for hosted in self._lanes.values():
-            for lane in hosted:
-                for member in lane.instances:
-                    self._hosts[member].append(lane)
-        self._alive = sum(1 << member for member, hosts in enumerate(self._hosts) if hosts)
-        return before
+    def assign(self, now: float) -> list[Batch]:
+        """The batches to send now."""
+        queues, lanes = self._queues, self._lanes
+        queues.spread()
+        batches: list[Batch] = []
+        self._assign_at = inf
+        if not queues.members:
+            return batches
+        lanes.ripen(now)
+        needs = [need for member in bits(queues.members & lanes.open) if (need := self._need(member))]
+        total_s = -sum([need[1] for need in needs])
+        heapify(needs)
+        while needs:
+            _, work_s, member = needs[0]
+            waiting = queues.waiting[member]
+            offer = lanes.offer(member, waiting, -work_s / total_s if total_s > -work_s else 1.0, now)
+            if offer is None or (self._max_delay_s and self._early(member, waiting, offer, now)):
+                heappop(needs)
+                continue
+            batches.append(self._cut(offer, now))
+            need = self._need(member)
+            total_s += work_s - (need[1] if need else 0.0)
+            if need and lanes.open >> member & 1:
+                heapreplace(needs, need)
+            else:
+                heappop(needs)
+        lanes.end_round()
+        if queues.members:
+            self._assign_at = min(self._assign_at, lanes.next_opening())
+        return batches
 
-    def _choose(self, now: float) -> tuple[Lane, Instance, int] | None:
-        """The next lane to fill, with which instance and how many rows; None when nothing can be given out."""
-        if not any(self._queues.waiting):
+    def _need(self, member: int) -> tuple[int, float, int] | None:
+        """How much a member needs a lane, the smaller the more: by its oldest request, then by its work."""
+        if not self._queues.waiting[member]:
             return None
-        lanes = [lane for hosted in self._lanes.values() for lane in hosted if lane.open(now)]
-        lanes.sort(key=lambda lane: lane.backlog(now))
-        for lane in lanes:
-            instance = self._neediest(lane, now)
-            if instance is not None:
-                rows = self._part(instance, now)
-                if not self._better_elsewhere(lane, instance, rows, now):
-                    return lane, instance, rows
-        return None
+        head = self._queues.head(member)
+        if head is None:
+            return None
+        return head.seq, -self._lanes.work(member, self._queues.waiting[member]), member
 
-    def _neediest(self, lane: Lane, now: float) -> Instance | None:
-        """The instance whose member waits with the oldest rows, and with the most work among equals."""
-        best: Instance | None = None
-        best_key = (0, 0.0)
-        for member, instance in lane.instances.items():
-            waiting = self._queues.waiting[member]
-            head = self._queues.head(member) if waiting else None
-            if head is None:
-                continue
-            young = now - head.request.admitted_at < self._max_delay_s
-            if young and waiting < instance.batch_size:
-                continue
-            key = (head.request.seq, -instance.latency.expect(self._queues.waiting[member]))
-            if best is None or key < best_key:
-                best, best_key = instance, key
-        return best
+    def _early(self, member: int, waiting: int, offer: Offer, now: float) -> bool:
+        """Whether the rows may wait a little for others, and do not fill a batch yet."""
+        head = self._queues.head(member)
+        if head is None or waiting >= offer[1].batch_size:
+            return False
+        until = head.admitted_at + self._max_delay_s
+        if until > now:
+            self._assign_at = min(self._assign_at, until)
+        return until > now
 
-    def _part(self, instance: Instance, now: float) -> int:
-        """How many rows to give: an equal part for each open lane, none over the batch size, none not worth sending."""
-        waiting = self._queues.waiting[instance.member]
-        takers = sum(1 for lane in self._hosts[instance.member] if lane.open(now))
-        parts = -(-waiting // instance.batch_size)
-        if takers > 1:
-            spread = -(-parts // takers) * takers
-            if instance.latency.expect(-(-waiting // spread)) >= MIN_PART_S:
-                parts = spread
-        return -(-waiting // parts)
-
-    def _better_elsewhere(self, lane: Lane, instance: Instance, rows: int, now: float) -> bool:
-        """Whether a lane of another device class would be done with all waiting rows before this one with its part."""
-        done = lane.backlog(now) + instance.latency.expect(rows)
-        waiting = self._queues.waiting[instance.member]
-        return any(
-            other.backlog(now) + other.instances[instance.member].latency.expect(waiting) < done
-            for other in self._hosts[instance.member]
-            if other.device_class != lane.device_class
-        )
-
-    def _cut(self, lane: Lane, instance: Instance, rows: int, now: float) -> Batch:
+    def _cut(self, offer: Offer, now: float) -> Batch:
         """Make a batch of the oldest rows of a member."""
+        lane, instance, rows = offer
         entries = self._queues.cut(instance.member, rows)
-        rows = sum(entry.rows for entry in entries)
-        waited = sum(now - entry.request.admitted_at for entry in entries)
+        if len(entries) > 1:
+            rows = sum([entry.rows for entry in entries])
+            waited = len(entries) * now - sum([entry.request.admitted_at for entry in entries])
+        else:
+            entry = entries[0]
+            rows, waited = entry.rows, now - entry.request.admitted_at
         batch = Batch(next(self._ids), lane, instance, entries, rows, instance.latency.expect(rows), now, waited)
         self._batches[batch.id] = batch
-        lane.start(batch, now)
+        self._lanes.start(batch, now)
         return batch
-
-
-def _inherit(lane: Lane, before: list[Lane]) -> None:
-    """Take over the batches of the lane that this one replaces, where its instance still lives."""
-    living = {instance.id for instance in lane.instances.values()}
-    for old in before:
-        for batch in old.batches.values():
-            if batch.instance.id in living:
-                batch.lane = lane
-                lane.batches[batch.id] = batch
-                lane.busy_until = max(lane.busy_until, old.busy_until)

@@ -14,22 +14,26 @@ from urllib.parse import unquote
 import httptools
 
 from ensemble_gateway.request import Model, RequestError
-from ensemble_gateway.routes import check_content_type
+from ensemble_gateway.routes import MAX_HEAD_BYTES, check_content_type
 from ensemble_gateway.served import find_model
 from ensemble_gateway.v2 import split_body
 
 CACHED_BYTES = 1 << 20
 
 _INFER = re.compile(rb"/v2/models/([^/?#]+)(?:/versions/([^/?#]+))?/infer")
-# Headers with which a request is no longer a plain body of known length.
-_SLOW = frozenset({b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"te", b"trailer"})
+# Headers with which an inference is no longer a plain body.
+_SLOW = frozenset({b"content-encoding", b"upgrade", b"te", b"trailer"})
+# Headers with which it is not known where a request ends, or who answers it first.
+_ENDLESS = frozenset({b"transfer-encoding", b"expect"})
+_VERSIONS = ("1.0", "1.1")
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A parsed head of `length` bytes. `fast`: a plain inference, for the edge; `endless`: where its body ends is unknown.
+    """A parsed head of `length` bytes; `size` counts its body too.
 
-    `size` counts head and body in bytes.
+    `fast`: a plain inference, for the edge. `endless`: where its body ends is unknown. `refusal`: an HTTP status and a
+    message, for what is no request.
     """
 
     length: int
@@ -41,6 +45,7 @@ class Head:
     model: str = ""
     version: str | None = None
     header_length: int | None = None
+    refusal: tuple[int, str] | None = None
 
     def model_of(self, models: Mapping[str, Model]) -> Model:
         """The model that is asked.
@@ -84,7 +89,6 @@ class _Fields:
     def __init__(self) -> None:
         self.target = b""
         self.headers: list[tuple[bytes, bytes]] = []
-        self.complete = False
 
     def on_url(self, url: bytes) -> None:
         self.target += url
@@ -92,27 +96,28 @@ class _Fields:
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name.lower(), value))
 
-    def on_headers_complete(self) -> None:
-        self.complete = True
-
 
 def _parse(text: bytes, max_body_bytes: int) -> Head:
     fields = _Fields()
     parser = httptools.HttpRequestParser(fields)
     try:
         parser.feed_data(text)
-    except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+    except httptools.HttpParserUpgrade:
         return Head(len(text), len(text), endless=True)
+    except httptools.HttpParserError as error:
+        return Head(len(text), len(text), refusal=(400, f"this is no HTTP request: {error}"))
+    version = parser.get_http_version()
+    if version not in _VERSIONS:
+        return Head(len(text), len(text), refusal=(505, f"HTTP/{version} is not served: use HTTP/1.1"))
     values = dict(fields.headers)
-    names = [name for name, _ in fields.headers]
-    if not fields.complete or b"transfer-encoding" in values or names.count(b"content-length") > 1:
+    if _ENDLESS & values.keys():
         return Head(len(text), len(text), endless=True)
     # llhttp has checked that it is a number.
     content_length = int(values.get(b"content-length", b"0"))
     size = len(text) + content_length
     slow = Head(len(text), size)
     match = _INFER.fullmatch(fields.target)
-    if match is None or parser.get_method() != b"POST" or parser.get_http_version() != "1.1":
+    if match is None or parser.get_method() != b"POST" or version != "1.1":
         return slow
     if _SLOW & values.keys() or content_length > max_body_bytes or b"content-length" not in values:
         return slow
@@ -126,9 +131,21 @@ def _parse(text: bytes, max_body_bytes: int) -> Head:
         check_content_type(values.get(b"content-type", b"").decode("latin-1"))
     except RequestError:
         return slow
-    name, version = match.groups()
+    name, wanted = match.groups()
     return Head(
         len(text), size, True, False, bool(parser.should_keep_alive()), fields.target,
-        unquote(name.decode("latin-1")), None if version is None else unquote(version.decode("latin-1")),
+        unquote(name.decode("latin-1")), None if wanted is None else unquote(wanted.decode("latin-1")),
         None if header_length is None else int(header_length),
     )  # fmt: skip
+
+
+def cannot_become_a_head(text: bytes | bytearray) -> RequestError | None:
+    """Why the beginning of a request, without the end of its head, is none; None if it may still become one."""
+    if len(text) > MAX_HEAD_BYTES:
+        return RequestError(431, f"the request's head is over the limit of {MAX_HEAD_BYTES} bytes")
+    if text and not text[:1].isalpha():
+        return RequestError(400, "this is no HTTP request: it begins with no method (is it TLS to a plain port?)")
+    line = text.find(b"\n")
+    if line > 0 and text[line - 1 : line] != b"\r":
+        return RequestError(400, "this is no HTTP request: lines must end with CR LF")
+    return None

@@ -7,6 +7,7 @@ worker (a GPU) each instance is a lane of its own. Pure: the clock is an argumen
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING
 
 from ensemble_contract.wire import LiveInstance, State
@@ -14,41 +15,46 @@ from ensemble_contract.wire import LiveInstance, State
 if TYPE_CHECKING:
     from ensemble_gateway.dispatcher import Batch
 
-# A lane that is expected to be free sooner than this is given its next batch already: it never waits for the network.
-HORIZON_S = 0.005
 # A worker is lost when a batch takes longer than this, and longer than so many times what was expected.
 PATIENCE_S = 3.0
 PATIENCE_FACTOR = 10.0
 
 _SMOOTHING = 0.2
+_OUTLIER = 4.0
+_BUCKETS = 40
 
 
 class Latency:
-    """Expected seconds of a batch by its rows: smoothed measurements in buckets of powers of two."""
+    """Expected seconds of a batch by its rows: smoothed seconds per row in buckets of powers of two."""
 
-    __slots__ = ("_by_bucket",)
+    __slots__ = ("_nearest", "_pace", "_seen")
 
     def __init__(self, rows: int, seconds: float) -> None:
-        self._by_bucket = {rows.bit_length(): (seconds, float(rows))}
+        self._pace = [0.0] * _BUCKETS
+        self._seen: list[int] = []
+        self._nearest = [0] * _BUCKETS
+        self._first(rows.bit_length(), seconds / rows)
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A batch of `rows` took this long."""
+        """A batch of `rows` took this long; a single outlier counts as 4 times what was known."""
         bucket = rows.bit_length()
-        known = self._by_bucket.get(bucket)
-        if known is None:
-            self._by_bucket[bucket] = (seconds, float(rows))
+        pace = seconds / rows
+        if self._nearest[bucket] != bucket:
+            self._first(bucket, pace)
             return
-        smooth, at = known
-        self._by_bucket[bucket] = (smooth + _SMOOTHING * (seconds - smooth), at + _SMOOTHING * (rows - at))
+        known = self._pace[bucket]
+        if known and pace > _OUTLIER * known:
+            pace = _OUTLIER * known
+        self._pace[bucket] = known + _SMOOTHING * (pace - known)
 
     def expect(self, rows: int) -> float:
         """Seconds for `rows`: the bucket's, else in proportion from the nearest bucket that was seen."""
-        bucket = rows.bit_length()
-        known = self._by_bucket.get(bucket)
-        if known is None:
-            known = self._by_bucket[min(self._by_bucket, key=lambda seen: (abs(seen - bucket), seen))]
-        seconds, at = known
-        return seconds * rows / at
+        return self._pace[self._nearest[rows.bit_length()]] * rows
+
+    def _first(self, bucket: int, pace: float) -> None:
+        self._pace[bucket] = pace
+        self._seen.append(bucket)
+        self._nearest = [min(self._seen, key=lambda seen: (abs(seen - at), seen)) for at in range(_BUCKETS)]
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +69,10 @@ class Instance:
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """Something that runs one batch after another: the instances it can run, and the batches given to it, oldest first."""
+    """Something that runs one batch after another: the instances it can run, and the batches given to it, oldest first.
+
+    `open`, `opens_at` and `reserved_s` (work that waits for it although others are open) are kept by `Lanes`.
+    """
 
     worker: str
     device_class: str
@@ -72,26 +81,36 @@ class Lane:
     batches: dict[int, Batch] = field(default_factory=dict)
     busy_until: float = 0.0
     freed_at: float = 0.0
-
-    def open(self, now: float) -> bool:
-        """Whether it may be given another batch now."""
-        held = len(self.batches)
-        return held == 0 or (held < self.credits and self.busy_until - now < HORIZON_S)
+    open: bool = False
+    opens_at: float = inf
+    reserved_s: float = 0.0
 
     def backlog(self, now: float) -> float:
-        """Seconds until it is expected to be free."""
-        return max(0.0, self.busy_until - now) if self.batches else 0.0
+        """Seconds until it is expected to be free; one that is late is expected to be late by as much again."""
+        return abs(self.busy_until - now) if self.batches else 0.0
 
     def start(self, batch: Batch, now: float) -> None:
         """Give it a batch."""
-        self.busy_until = max(now, self.busy_until if self.batches else now) + batch.expected_s
+        self.busy_until = now + self.backlog(now) + batch.expected_s
         self.batches[batch.id] = batch
 
     def finish(self, batch: Batch, now: float) -> None:
         """A batch is no longer with it."""
         del self.batches[batch.id]
         self.freed_at = now
-        self.busy_until = now + sum(other.expected_s for other in self.batches.values())
+        self.busy_until = now
+        for other in self.batches.values():
+            self.busy_until += other.expected_s
+
+    def inherit(self, old: Lane) -> None:
+        """Take over the batches of the lane that this one replaces, where their instance still lives."""
+        living = {instance.id for instance in self.instances.values()}
+        for batch in old.batches.values():
+            if batch.instance.id in living:
+                batch.lane = self
+                self.batches[batch.id] = batch
+                self.busy_until = max(self.busy_until, old.busy_until)
+                self.freed_at = max(self.freed_at, old.freed_at)
 
     def overdue(self, now: float) -> bool:
         """Whether its oldest batch takes so long that the worker must be taken for lost."""
@@ -103,11 +122,13 @@ class Lane:
 
 def lanes_of(state: State, members: dict[tuple[str, str], int], known: dict[int, Instance]) -> list[Lane]:
     """The lanes of a worker by its State, for the (member, digest) pairs that are served; measurements are kept."""
-    instances = [
-        known.get(live.id) or _instance(live, members[live.member, live.digest])
-        for live in state.instances
-        if (live.member, live.digest) in members
-    ]
+    instances = []
+    for live in state.instances:
+        member = members.get((live.member, live.digest))
+        if member is not None:
+            before = known.get(live.id)
+            same = before is not None and (before.member, before.batch_size) == (member, live.batch_size)
+            instances.append(before if before is not None and same else _instance(live, member))
     if not instances:
         return []
     if state.serial:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
+
 from ensemble_contract import wire
 from ensemble_contract.layout import StoreLayout
 from ensemble_contract.plan import GatewayPlan, WorkerAddress
-from ensemble_contract.tensors import TensorSpec, fp32_to_bf16
-
-from ensemble_gateway.combiner import make_rule
+from ensemble_gateway.answers import Answers
 from ensemble_gateway.dispatcher import Dispatcher
 from ensemble_gateway.links import Link, LinkOwner
 from ensemble_gateway.links.shared import SharedMemory
@@ -26,7 +24,7 @@ from ensemble_gateway.metrics import ENSEMBLE, Failure, Gauges, Metrics, model_i
 from ensemble_gateway.queues import Entry, Request, bits
 from ensemble_gateway.request import Answer, Array, InferHeader, Model, RequestError
 from ensemble_gateway.rowstore import Ranges, RowStore, slots_within
-from ensemble_gateway.served import output_of_member, served_models
+from ensemble_gateway.served import served_models
 
 OVERDUE_CHECK_S = 0.5
 RETRY_AFTER_S = 1
@@ -66,13 +64,10 @@ class Pipeline:
         self._memory = SharedMemory("ensemble-store", layout.total_bytes)
         self.store = RowStore(layout, self._memory.memory, self._carried, members)
         self.dispatcher = Dispatcher([(m.name, m.digest) for m in plan.members], plan.max_delay_s)
-        softmax = all(member.activation == "softmax" for member in plan.members)
-        weights = [member.weight for member in plan.members]
-        self._rule = None if plan.rule == "none" else make_rule(plan.rule, weights, softmax)
         self._everyone = (1 << members) - 1
-        self._columns = tuple(range(members))
         self._quorum = plan.quorum or members
         self.metrics = Metrics(self.models.values(), self._gauges(), former)
+        self._answers = Answers(plan, self.store, self.metrics)
         self.links: dict[str, Link] = {}
         self._links = [make_link(worker, self._memory, self.store, self) for worker in plan.workers]
         self._finished: list[Request] = []
@@ -279,7 +274,7 @@ class Pipeline:
     def _answer_together(self, member: int | None, requests: list[Request], now: float) -> None:
         """Answer requests that all their members have answered: combined as one batch."""
         ranges = [one for request in requests for one in request.ranges]
-        outputs = self._outputs(member, ranges)
+        outputs = self._answers.outputs(member, ranges)
         at = 0
         for request in requests:
             end = at + request.rows
@@ -289,44 +284,12 @@ class Pipeline:
             sink.answered([output[at:end] for output in outputs])
             at = end
 
-    def _outputs(self, member: int | None, ranges: Sequence[tuple[int, int]]) -> list[Array]:
-        """The outputs of a model whose members have all answered, in its order and in the declared datatypes."""
-        columns = self._columns if member is None else (member,)
-        stacks = [self.store.stack(output, columns, ranges) for output in range(len(self._carried))]
-        specs = self.plan.outputs
-        if member is not None or self._rule is None:
-            return [
-                _declared(stack[position], spec)
-                for position in range(len(columns))
-                for stack, spec in zip(stacks, specs, strict=True)
-            ]
-        began = time.perf_counter()
-        rule = self._rule
-        combined = [_declared(rule.combine(s, columns), spec) for s, spec in zip(stacks, specs, strict=True)]
-        self.metrics.combined(len(combined[0]), time.perf_counter() - began)
-        return combined
-
     def _answer_in_full(self, request: Request, now: float) -> None:
-        header = request.sink.header
-        columns = bits(request.done)
-        names = [member.name for member in self.plan.members]
-        outputs: dict[str, Array] = {}
-        for index, spec in enumerate(self.plan.outputs):
-            stack = self.store.stack(index, columns, request.ranges)
-            if header.model.member is not None:
-                outputs[spec.name] = _declared(stack[0], spec)
-            elif self._rule is not None:
-                outputs[spec.name] = _declared(self._rule.combine(stack, tuple(columns)), spec)
-            if header.members or self._rule is None:
-                for position, column in enumerate(columns):
-                    outputs[output_of_member(names[column], spec.name)] = _declared(stack[position], spec)
-        missing = bits(request.wanted & ~request.done)
-        used = tuple(names[column] for column in columns)
-        answer = Answer(outputs, used, tuple(names[column] for column in missing))
+        answer = self._answers.in_full(request)
         self._release(request)
-        self.metrics.request_done(model_index(header.model), request.rows, now - request.admitted_at)
-        if missing:
-            self.metrics.answered_by_quorum(missing)
+        self.metrics.request_done(model_index(request.sink.header.model), request.rows, now - request.admitted_at)
+        if answer.missing:
+            self.metrics.answered_by_quorum(bits(request.wanted & ~request.done))
         request.sink.answered_in_full(answer)
 
     def _refuse(self, request: Request, now: float) -> None:
@@ -380,15 +343,6 @@ class _FutureSink:
     def refused(self, error: RequestError) -> None:
         if not self.future.done():
             self.future.set_exception(error)
-
-
-def _declared(values: Array, spec: TensorSpec) -> Array:
-    """Carried values in the declared datatype."""
-    if spec.datatype == "FP16":
-        return values.astype(np.float16)
-    if spec.datatype == "BF16":
-        return fp32_to_bf16(values)
-    return values
 
 
 def _bytes_of(array: Array) -> memoryview:

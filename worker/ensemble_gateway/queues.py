@@ -7,11 +7,12 @@ they become many they are swept out. Pure.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-# Entries of finished requests that may lie in the queues before they are swept out.
-SWEEP_AT = 4096
+# The queues are swept when finished requests may have left more than this, and a part of all that waits.
+SWEEP_AT = 64
+SWEEP_SHARE = 8
 
 
 class Failure(NamedTuple):
@@ -47,8 +48,10 @@ class Request:
 
 
 class Entry(NamedTuple):
-    """Contiguous rows of a request, waiting for one member. `lost` names the workers that were lost while running them;
-    `alone` keeps them apart from other requests' rows, because something in their last batch failed.
+    """Contiguous rows of a request, waiting for one member.
+
+    `lost` names the workers that were lost while running them; `alone` keeps them apart from other requests' rows,
+    because something in their last batch failed.
     """
 
     request: Request
@@ -59,73 +62,83 @@ class Entry(NamedTuple):
 
 
 class Queues:
-    """One queue of entries a member; requests for every member are handed to all of them at once, as late as possible."""
+    """One queue of entries a member; requests for every member are handed to all of them at once, as late as possible.
+
+    `waiting` counts rows by member, `members` is the set of members for which any wait, as bits; both may count rows of
+    finished requests that were not swept out yet.
+    """
 
     def __init__(self, members: int) -> None:
         self.waiting = [0] * members
+        self.members = 0
         self._queues: list[deque[Entry]] = [deque() for _ in range(members)]
         self._everyone = (1 << members) - 1
         self._fresh: list[Entry] = []
+        self._fresh_rows = 0
         self._stale = 0
+        self._alone = 0
 
     def add(self, request: Request) -> None:
         """Queue a request's rows for every member that it wants."""
-        entries = [Entry(request, start, rows) for start, rows in request.ranges]
         if request.wanted == self._everyone:
-            self._fresh.extend(entries)
+            for start, rows in request.ranges:
+                self._fresh.append(Entry(request, start, rows))
+            self._fresh_rows += request.rows
             return
         self.spread()
+        entries = [Entry(request, start, rows) for start, rows in request.ranges]
         for member in bits(request.wanted):
             self._queues[member].extend(entries)
             self.waiting[member] += request.rows
+        self.members |= request.wanted
 
     def spread(self) -> None:
         """Hand the newest requests to all members."""
         if not self._fresh:
             return
-        rows = sum(entry.rows for entry in self._fresh)
+        rows, waiting = self._fresh_rows, self.waiting
         for member, queue in enumerate(self._queues):
             queue.extend(self._fresh)
-            self.waiting[member] += rows
-        self._fresh = []
+            waiting[member] += rows
+        self.members = self._everyone
+        self._fresh, self._fresh_rows = [], 0
 
-    def put_back(self, member: int, entries: Iterable[Entry]) -> None:
+    def put_back(self, member: int, entries: Sequence[Entry]) -> None:
         """Queue entries again, before all others, in their order."""
-        for entry in reversed(list(entries)):
+        for entry in reversed(entries):
             if not entry.request.closed:
                 self._queues[member].appendleft(entry)
-                self.waiting[member] += entry.rows
+                self._alone += entry.alone
+                self._count(member, entry.rows)
 
-    def head(self, member: int) -> Entry | None:
-        """The oldest entry that still waits."""
+    def head(self, member: int) -> Request | None:
+        """The request whose rows have waited for longest."""
         queue = self._queues[member]
         while queue:
-            entry = queue[0]
-            if not entry.request.closed:
-                return entry
-            queue.popleft()
-            self.waiting[member] -= entry.rows
+            request = queue[0].request
+            if not request.closed:
+                return request
+            self._drop(member)
         return None
 
     def cut(self, member: int, rows: int) -> list[Entry]:
-        """Take `rows` rows from the head, fewer where the next entry has to be alone or the rest is of finished requests."""
+        """Take `rows` rows from the head; fewer where an entry has to be alone, or the rest is of finished requests."""
         queue = self._queues[member]
+        if not (self._stale or self._alone):
+            return self._cut_plain(member, rows)
         entries: list[Entry] = []
         while rows and queue:
             entry = queue[0]
             if entry.alone and entries:
                 break
             if entry.request.closed:
-                queue.popleft()
-                self.waiting[member] -= entry.rows
+                self._drop(member)
                 continue
             if entry.rows > rows:
-                queue[0] = entry._replace(start=entry.start + rows, rows=entry.rows - rows)
-                entry = entry._replace(rows=rows)
+                entry = self._split(member, rows)
             else:
-                queue.popleft()
+                self._drop(member)
             entries.append(entry)
-            self.waiting[member] -= entry.rows
             rows -= entry.rows
             if entry.alone:
                 break
@@ -137,17 +150,66 @@ class Queues:
 
     def forget(self, request: Request) -> None:
         """A request was finished before all its rows were answered: what is left of it becomes stale."""
-        self._stale += len(request.ranges)
-        if self._stale <= SWEEP_AT:
-            return
-        self._stale = 0
+        self._stale += len(request.ranges) * request.wanted.bit_count()
+        if self._stale > SWEEP_AT and self._stale * SWEEP_SHARE > sum(map(len, self._queues)) + len(self._fresh):
+            self._sweep()
+
+    def _cut_plain(self, member: int, rows: int) -> list[Entry]:
+        """Where nothing is stale and nothing has to be alone: the usual case, and the hot one."""
+        queue = self._queues[member]
+        waiting = self.waiting[member]
+        if rows >= waiting:
+            entries = list(queue)
+            queue.clear()
+            self._count(member, -waiting)
+            return entries
+        entries, left = [], rows
+        while left:
+            if queue[0].rows > left:
+                entries.append(self._split(member, left))
+                return entries
+            entry = queue.popleft()
+            entries.append(entry)
+            left -= entry.rows
+            self.waiting[member] -= entry.rows
+        return entries
+
+    def _split(self, member: int, rows: int) -> Entry:
+        """Take the first rows of the first entry; the rest stays."""
+        queue = self._queues[member]
+        request, start, have, lost, alone = queue[0]
+        queue[0] = Entry(request, start + rows, have - rows, lost, alone)
+        self._count(member, -rows)
+        return Entry(request, start, rows, lost, alone)
+
+    def _drop(self, member: int) -> None:
+        entry = self._queues[member].popleft()
+        self._alone -= entry.alone
+        self._count(member, -entry.rows)
+
+    def _count(self, member: int, rows: int) -> None:
+        self.waiting[member] += rows
+        if self.waiting[member]:
+            self.members |= 1 << member
+        else:
+            self.members &= ~(1 << member)
+
+    def _sweep(self) -> None:
         self._fresh = [entry for entry in self._fresh if not entry.request.closed]
+        self._fresh_rows = sum(entry.rows for entry in self._fresh)
+        self._stale = self._alone = 0
         for member, queue in enumerate(self._queues):
             kept = deque(entry for entry in queue if not entry.request.closed)
             self._queues[member] = kept
-            self.waiting[member] = sum(entry.rows for entry in kept)
+            self._alone += sum(entry.alone for entry in kept)
+            self._count(member, sum(entry.rows for entry in kept) - self.waiting[member])
 
 
 def bits(mask: int) -> list[int]:
-    """The members in a set of members."""
-    return [position for position in range(mask.bit_length()) if mask >> position & 1]
+    """The members in a set of members, in order."""
+    found = []
+    while mask:
+        lowest = mask & -mask
+        found.append(lowest.bit_length() - 1)
+        mask ^= lowest
+    return found

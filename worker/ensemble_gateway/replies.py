@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
-
 from ensemble_gateway.request import Answer, Array, InferHeader, RequestError
 from ensemble_gateway.v2 import answer_prefix, binary_sizes, encode_answer, error_body
 
 CACHED_PREFIXES = 4096
+CACHED_PREFIX_BYTES = 4096
 
 _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus} | {499: b"Client Closed Request"}
 
@@ -30,10 +30,10 @@ class Prefix:
 
 
 class Replies:
-    """Prefixes of answers by the request's header: an InferHeader from the edge's cache is the same object each time."""
+    """Prefixes of answers by the request's header: one from the edge's cache is the same object each time."""
 
     def __init__(self) -> None:
-        self._prefixes: dict[tuple[int, bool], tuple[InferHeader, Prefix | None]] = {}
+        self._prefixes: dict[tuple[int, bool], tuple[InferHeader, Prefix]] = {}
 
     def prefix(self, header: InferHeader, keep_alive: bool) -> Prefix | None:
         """The prefix of the usual answer; None where the answer has to be made each time."""
@@ -44,9 +44,10 @@ class Replies:
         if known is not None:
             return known[1]
         prefix = _prefix(header, keep_alive)
-        if len(self._prefixes) >= CACHED_PREFIXES:
-            self._prefixes.clear()
-        self._prefixes[key] = (header, prefix)
+        if prefix is not None and len(prefix.text) <= CACHED_PREFIX_BYTES and _comes_again(header):
+            if len(self._prefixes) >= CACHED_PREFIXES:
+                self._prefixes.clear()
+            self._prefixes[key] = (header, prefix)
         return prefix
 
     def clear(self) -> None:
@@ -81,6 +82,11 @@ def _prefix(header: InferHeader, keep_alive: bool) -> Prefix | None:
     positions = {spec.name: position for position, spec in enumerate(header.model.outputs)}
     head = _ok(len(text) + sum(sizes.values()), len(text), keep_alive)
     return Prefix(head + text, tuple(positions[name] for name in sizes))
+
+
+def _comes_again(header: InferHeader) -> bool:
+    """Whether the header may be one of the edge's cache: those whose inputs came as JSON never are."""
+    return bool(header.inputs) and all(part.array is None for part in header.inputs)
 
 
 def _ok(size: int, header_length: int | None, keep_alive: bool) -> bytes:

@@ -29,6 +29,15 @@ OFF_LOOP_BYTES = 64 << 10
 LINGER_S = 2.0
 """How long the rest of a refused body is read and dropped, so that its sender gets to read the answer."""
 
+NEVER_S = 10 * 365 * 86_400.0
+"""For timers of aiohttp that cannot be turned off."""
+
+MAX_HEAD_BYTES = 64 << 10
+"""The largest head of a request, in all."""
+
+MIN_FIELD_BYTES = 4
+"""A name, a colon, CR LF."""
+
 # curl -d sends its JSON as a form unless told otherwise, and every V2 tutorial calls it so.
 INFER_CONTENT_TYPES = frozenset(
     {"", "application/json", "application/octet-stream", "application/x-www-form-urlencoded"}
@@ -94,10 +103,15 @@ def make_runner(app: web.Application, *, shutdown_timeout_s: float) -> web.AppRu
     """A runner of the application; after `await runner.setup()`, `runner.server()` makes a connection's protocol.
 
     Bodies stay as they were sent, for `v2.decompress` to bound and to check. A client that leaves cancels its handler.
-    `runner.cleanup()` waits so long for requests that are being answered.
+    `runner.cleanup()` waits so long for requests that are being answered. Heads that the edge lets pass are not refused
+    again, and idle connections are the edge's to close: aiohttp does not see the inferences on them.
     """
     return web.AppRunner(
         app,
+        keepalive_timeout=NEVER_S,
+        max_line_size=MAX_HEAD_BYTES,
+        max_field_size=MAX_HEAD_BYTES,
+        max_headers=MAX_HEAD_BYTES // MIN_FIELD_BYTES,
         auto_decompress=False,
         handler_cancellation=True,
         access_log=None,

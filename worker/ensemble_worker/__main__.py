@@ -1,4 +1,4 @@
-"""`python -m ensemble_worker COMMAND`: the worker process, and the two questions that are asked of a machine beforehand."""
+"""`python -m ensemble_worker COMMAND`: the worker process, and the two questions asked of a machine beforehand."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def main(argv: list[str]) -> int:
     known, rest = parser.parse_known_args(argv)
     try:
         if known.command == "serve":
-            from ensemble_worker import process
+            from ensemble_worker.process import main as serve
 
-            return process.main(rest)
+            return serve(rest)
         if known.command == "measure":
-            from ensemble_worker import profiler
+            from ensemble_worker.profiler import main as measure
 
-            return profiler.main(rest)
+            return measure(rest)
         if rest:
             listing.error(f"unrecognized arguments: {' '.join(rest)}")
         found = [device.as_json() for device in devices.discover(known.cpu_devices)]

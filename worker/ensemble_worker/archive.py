@@ -97,14 +97,14 @@ class Archive:
 def open_archive(path: Path) -> Archive:
     """The directory of a zip file.
 
-    Raises InvalidArchive if it is no zip file, is truncated, encrypted, holds a name twice or outside of one top folder, or
-    claims more than it can hold: stored records beyond the file's size, or inflated ones beyond 256 MiB.
+    Raises InvalidArchive if it is no zip file, is truncated, encrypted, holds a name twice or outside of one top
+    folder, or claims more than it can hold: stored records beyond the file's size, or inflated ones beyond 256 MiB.
     """
     try:
         with zipfile.ZipFile(path) as zipped:
             entries = zipped.infolist()
         file_bytes = path.stat().st_size
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError, struct.error) as error:
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, UnicodeDecodeError, struct.error) as error:
         raise InvalidArchive(
             f"not a readable zip archive ({error}): truncated, or not of the declared format"
         ) from error
@@ -130,7 +130,7 @@ def open_archive(path: Path) -> Archive:
 
 
 class ArchiveView(io.RawIOBase):
-    """A readable, seekable zip archive made of bytes given and of stored records of another archive, without copying them."""
+    """A zip archive to read, made of bytes given and of records of another archive, which are not copied."""
 
     def __init__(self, archive: Archive, kept: Iterable[str], given: dict[str, bytes], root: str = "model") -> None:
         super().__init__()
@@ -227,6 +227,8 @@ def _record(entry: zipfile.ZipInfo, file: io.BufferedReader) -> Record:
     deflated = entry.compress_type == zipfile.ZIP_DEFLATED
     if not deflated and entry.file_size != entry.compress_size:
         raise InvalidArchive(f"{name} has two sizes: {entry.file_size} and {entry.compress_size}")
+    if entry.header_offset < 0:
+        raise InvalidArchive(f"{name} is damaged: it begins before the file")
     file.seek(entry.header_offset)
     header = file.read(LOCAL_HEADER.size)
     if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):

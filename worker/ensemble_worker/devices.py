@@ -60,14 +60,14 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class CgroupLimits:
-    """What the control groups of this process leave it: CPUs (a quota, may be a fraction) and free bytes; None: no limit."""
+    """What control groups leave this process: CPUs (a quota, may be a fraction) and free bytes; None: no limit."""
 
     cpus: float | None = None
     free_bytes: int | None = None
 
 
 def discover(cpu_devices: int | None = None, environ: Mapping[str, str] | None = None) -> list[Device]:
-    """All GPUs, if there is one and neither `cpu_devices` nor ENSEMBLE_DEVICE=cpu asks for the CPU; else CPU partitions.
+    """All GPUs; CPU partitions where there is no GPU, or `cpu_devices` or ENSEMBLE_DEVICE=cpu asks for them.
 
     Raises DeviceUnavailable if ENSEMBLE_DEVICE or `cpu_devices` cannot be met.
     """
@@ -118,7 +118,8 @@ def partition(cores: Sequence[int], count: int | None) -> list[tuple[int, ...]]:
 def cgroup_limits(membership: str, root: Path) -> CgroupLimits:
     """The tightest limits from this process's control groups up to the root.
 
-    `membership` is the text of /proc/self/cgroup, `root` where the hierarchies are mounted (cgroups(7); version 1 and 2).
+    `membership` is the text of /proc/self/cgroup, `root` where the hierarchies are mounted (cgroups(7); version 1 and
+    2).
     """
     cpus: list[float] = []
     free: list[int] = []
@@ -186,10 +187,10 @@ def _gpus(visible: str | None) -> list[Device]:
 
 
 def visible_gpus(found: Sequence[Device], visible: str | None) -> list[Device]:
-    """The GPUs that CUDA_VISIBLE_DEVICES allows, numbered as CUDA numbers them: in its order, up to the first unknown entry.
+    """The GPUs that CUDA_VISIBLE_DEVICES allows, as CUDA numbers them: in its order, up to the first unknown entry.
 
-    `found` is in PCI order. An entry is an index or the beginning of a UUID (CUDA C++ Programming Guide, "CUDA Environment
-    Variables").
+    `found` is in PCI order. An entry is an index or the beginning of a UUID (CUDA C++ Programming Guide, "CUDA
+    Environment Variables").
     """
     if visible is None:
         return list(found)
@@ -213,7 +214,7 @@ def _own_cgroup_limits() -> CgroupLimits:
 
 
 def _upwards(root: Path, path: str) -> list[Path]:
-    """Folders from the group up to the root. In a container the mounted root often *is* the group: it is always included."""
+    """Folders from the group up to the root, which in a container often *is* the group."""
     parts = [p for p in path.split("/") if p and p != ".."]
     return [root.joinpath(*parts[:n]) for n in range(len(parts), -1, -1)]
 

@@ -1,10 +1,11 @@
 """What of a `.pt2` archive (torch.export.save) may be given to torch.export.load: its graph and its plain tensors.
 
-torch.export.load would also unpickle example inputs, custom objects, tensor subclasses and weights of older formats, load
-shared libraries, compile guards with `exec`, evaluate symbolic shapes with `eval` (sympy.sympify), and call any Python
-function below `torch` that a node names (torch 2.13: torch/export/pt2_archive/_package.py, torch/export/_unlift.py,
-torch/_export/serde/serialize.py, torch/utils/_pytree.py). So example inputs, guards and debug metadata are left out, tensors
-and names are checked against what torch.export.save writes, and everything else is refused. Pure but for reading the file.
+torch.export.load would also unpickle example inputs, custom objects, tensor subclasses and weights of older formats,
+load shared libraries, compile guards with `exec`, evaluate symbolic shapes with `eval` (sympy.sympify), and call any
+Python function below `torch` that a node names (torch 2.13: torch/export/pt2_archive/_package.py,
+torch/export/_unlift.py, torch/_export/serde/serialize.py, torch/utils/_pytree.py). So example inputs, guards and
+debug metadata are left out, tensors and names are checked against what torch.export.save writes, and everything else
+is refused. Pure but for reading the file.
 """
 
 from __future__ import annotations
@@ -46,22 +47,26 @@ SCALAR_FUNCTION = re.compile(
 )
 TREE_TYPES = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
 SHAPE_FUNCTIONS = frozenset(
-    "Symbol Integer Rational Float Add Mul Pow Max Min Mod Abs Eq Ne Equality Unequality Lt Le Gt Ge StrictLessThan LessThan "
-    "StrictGreaterThan GreaterThan And Or Not Piecewise ExprCondPair Tuple floor ceiling FloorDiv ModularIndexing Where "
-    "PythonMod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural FloatPow FloatTrueDiv IntTrueDiv "
-    "IsNonOverlappingAndDenseIndicator TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat Identity".split()
-)
+    {
+        "Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Max", "Min", "Mod", "Abs", "Eq", "Ne",
+        "Equality", "Unequality", "Lt", "Le", "Gt", "Ge", "StrictLessThan", "LessThan", "StrictGreaterThan",
+        "GreaterThan", "And", "Or", "Not", "Piecewise", "ExprCondPair", "Tuple", "floor", "ceiling", "FloorDiv",
+        "ModularIndexing", "Where", "PythonMod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "LShift",
+        "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "IsNonOverlappingAndDenseIndicator",
+        "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat", "Identity",
+    }
+)  # fmt: skip
 SHAPE_NAME = re.compile(r"[a-z]{1,3}\d*|true|false|oo|int_oo")
 SHAPE_NODES = (
-    ast.Expression, ast.Call, ast.Name, ast.Load, ast.Constant, ast.keyword, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp,
-    ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
+    ast.Expression, ast.Call, ast.Name, ast.Load, ast.Constant, ast.keyword, ast.BinOp, ast.UnaryOp, ast.Compare,
+    ast.BoolOp, ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
 )  # fmt: skip
 MAX_SHAPE_TEXT = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class InspectedExport:
-    """A `.pt2` file of which every part that torch will see was inspected. `program` is the parsed models/model.json."""
+    """A `.pt2` file of which every part that torch will see was inspected; `program` is its models/model.json."""
 
     archive: Archive
     program: dict[str, Any]
@@ -98,7 +103,7 @@ def inspect_export(path: Path) -> InspectedExport:
 
 
 def _is_kept(name: str) -> bool:
-    """Whether a record is passed on; other parts that torch would read are refused, those that are never read are left out."""
+    """Whether a record is passed on. Of the others, those that torch would read are refused."""
     if name in FRAME or name in CONFIGS.values() or PLAIN_TENSOR.fullmatch(name):
         return True
     if name in (PROGRAM, SAMPLE_INPUTS) or IGNORED.fullmatch(name):
@@ -140,7 +145,7 @@ def _check_signature(signature: dict[str, Any]) -> None:
 
 
 def _check(part: Any, where: str) -> None:
-    """Walk the program: what torch would resolve, evaluate or import must be harmless; what it need not know is cleared."""
+    """Walk the program: what torch would resolve, evaluate or import must be harmless; debug metadata is cleared."""
     if isinstance(part, list):
         for item in part:
             _check(item, where)

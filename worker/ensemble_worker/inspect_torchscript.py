@@ -1,10 +1,10 @@
 """What of a TorchScript archive (torch.jit.save) may be given to torch.jit.load.
 
-torch.jit.load reads the two pickles of an archive with a restricted unpickler of its own, in C++: it imports no Python and
-calls nothing but constructors of tensors and of the classes in `code/`. That code is TorchScript, which is compiled, not
-executed as Python, but it runs at load (`__setstate__`) and may call operators that open files or the network. So the code is
-searched for those, the pickles for names that torch.jit.save never writes, and debug pickles are left out.
-A file of torch.save looks alike and is a Python pickle: it is refused.
+torch.jit.load reads the two pickles of an archive with a restricted unpickler of its own, in C++: it imports no
+Python and calls nothing but constructors of tensors and of the classes in `code/`. That code is TorchScript, which is
+compiled, not executed as Python, but it runs at load (`__setstate__`) and may call operators that open files or the
+network. So the code is searched for those, the pickles for names that torch.jit.save never writes, and debug pickles
+are left out. A file of torch.save looks alike and is a Python pickle: it is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ KEPT = re.compile(r"version|byteorder|\.data/.*|(data|constants)/\d+|(data|const
 LEFT_OUT = re.compile(r"traced_inputs(\.pkl|/\d+)|extra/.*|code/[\w/.]+\.debug_pkl")
 SAFE_GLOBAL = re.compile(
     r"__torch__\.(?!torch\.classes\.)[\w.]+|__torch__\.torch\.classes\.(quantized|rnn|xnnpack)\.\w+"
-    r"|torch\.jit\._pickle \w+|torch\._utils _rebuild_\w+|torch [A-Za-z]\w*Storage|torch (device|Size)|collections OrderedDict"
+    r"|torch\.jit\._pickle \w+|torch\._utils _rebuild_\w+|torch [A-Za-z]\w*Storage|torch (device|Size)"
+    r"|collections OrderedDict"
 )
 UNSAFE_CODE = {
     re.compile(rb"\b(save|from_file)\b"): "opens files",

@@ -1,7 +1,9 @@
-"""The door to torch: a member's model loaded on a device, checked against what is declared, and run on batches of rows."""
+"""The door to torch: a member's model loaded on a device, checked against what is declared, run on batches of rows."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
 import warnings
@@ -11,15 +13,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+
 from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import TensorSpec
-
 from ensemble_worker.backends.cpu import CpuPredictor
+from ensemble_worker.backends.cuda import CudaPredictor, as_lost
 from ensemble_worker.backends.fitting import Fitted, fit
 from ensemble_worker.backends.loaded import Loaded
 from ensemble_worker.backends.tensors import host_array
 from ensemble_worker.devices import Device
-from ensemble_worker.errors import InvalidArchive, InvalidModel, ModelError, OutOfMemory
+from ensemble_worker.errors import DeviceLost, InvalidArchive, InvalidModel, ModelError, OutOfMemory
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +39,8 @@ OUT_OF_MEMORY_WORDS = (
 class Predictor(Protocol):
     """A member on a device, ready to run batches of up to `batch_size` rows.
 
-    `fixed_batch` is the only batch that the model takes (smaller ones are padded), None if it takes any. `form` names how
-    the model is executed.
+    `fixed_batch` is the only batch that the model takes (smaller ones are padded), None if it takes any. `form` names
+    how the model is executed.
     """
 
     batch_size: int
@@ -45,17 +48,17 @@ class Predictor(Protocol):
     form: str
 
     def run(self, inputs: Sequence[Any]) -> list[Array]:
-        """Outputs of a batch, each C-contiguous in the host's memory, in `TensorSpec.carried` datatype, activation applied.
+        """Outputs of a batch: C-contiguous host arrays in the `TensorSpec.carried` datatype, the activation applied.
 
-        `inputs`: for each declared input an array of shape (rows, *shape), C-contiguous, BF16 as uint16 bits; on GPUs also
-        tensors of `DeviceRows.gather`. Raises DeviceLost if the device cannot be used again, RuntimeError if the model
-        fails on these rows.
+        `inputs`: for each declared input an array of shape (rows, *shape), C-contiguous, BF16 as uint16 bits; on GPUs
+        also tensors of `DeviceRows.gather`. Raises DeviceLost if the device cannot be used again, RuntimeError if the
+        model fails on these rows.
         """
         ...
 
 
 def prepare_cpu(cores: Sequence[int], *, pin: bool) -> None:
-    """Give torch as many threads as there are `cores`, once per process and before the first load; `pin` keeps it on them."""
+    """Give torch as many threads as `cores`, once per process and before the first load; `pin` keeps them there."""
     if pin:
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(max(1, len(cores)))
@@ -74,7 +77,8 @@ def load(
 ) -> Predictor:
     """Load a member, check it against the declared tensors, choose its execution and warm it up at `batch_size` rows.
 
-    Raises ModelError (OutOfMemory if memory is what lacks) naming the member, its URI and the cause.
+    Raises ModelError (OutOfMemory if memory is what lacks) naming the member, its URI and the cause, and
+    DeviceLost if the device cannot be used again.
     """
     try:
         with torch.inference_mode():
@@ -93,9 +97,19 @@ def load(
             raise OutOfMemory(
                 source.name, source.uri, f"does not fit in memory with {batch_size} rows: {error}"
             ) from error
+        lost = as_lost(error, device.name)
+        if isinstance(lost, DeviceLost):
+            raise lost from error
         raise ModelError(source.name, source.uri, f"fails on {batch_size} rows: {error}") from error
+    return_freed_memory()
     log.info("member %s: %s, %s, batches of %d rows", source.name, device.name, predictor.form, batch_size)
     return predictor
+
+
+def return_freed_memory() -> None:
+    """Give pages that the C library keeps after large allocations back to the machine (malloc_trim(3), glibc)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -137,8 +151,6 @@ def _predictor(
 ) -> Predictor:
     if device.kind == "cpu" or fitted.on_host:
         return CpuPredictor(fitted, inputs, outputs, activation, batch_size)
-    from ensemble_worker.backends.cuda import CudaPredictor
-
     return CudaPredictor(fitted, inputs, outputs, activation, batch_size, _torch_device(device))
 
 

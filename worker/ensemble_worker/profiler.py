@@ -1,8 +1,8 @@
 """`python -m ensemble_worker measure`: what one member costs on one device, measured alone in this fresh process.
 
-Prints a JSON object a line as results come: first the signature, the load and the weights, then one for each batch size, in
-ascending order, until the budget is spent. Memory is what the instance adds to an idle worker with torch, and the process
-is capped, so that measuring never takes memory from what serves.
+Prints a JSON object a line as results come: first the signature, the load and the weights, then one for each batch
+size, in ascending order, until the budget is spent. Memory is what the instance adds to an idle worker with torch,
+and the process is capped, so that measuring never takes memory from what serves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 import psutil
 import torch
+
 from ensemble_contract.errors import ContractError
 from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import FLOATING, TensorSpec, fp32_to_bf16
@@ -51,7 +52,7 @@ class Subject(msgspec.Struct, frozen=True, rename="camel"):
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One batch size: rows/s and median latency of a batch, spread (10th to 90th percentile over the median), added bytes."""
+    """One batch size. `latency_s` is the median; `spread` is 10th to 90th percentile over it."""
 
     batch_size: int
     rows_per_s: float
@@ -78,17 +79,23 @@ class Meter:
     def __init__(self, device: Device) -> None:
         self._process = psutil.Process()
         self._cuda = device.kind == "cuda"
-        self.idle_bytes = self._resident()
+        self.restart()
+
+    def restart(self) -> None:
+        """Take what is in use now for idle."""
+        gc.collect()
         if self._cuda:
+            torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info()
             self.idle_bytes = total - free
+        else:
+            predictor.return_freed_memory()
+            self.idle_bytes = self._resident()
         self.reset_peak()
 
     def added(self) -> int:
         """Bytes added now."""
-        if self._cuda:
-            return torch.cuda.memory_reserved()
-        return max(0, self._resident() - self.idle_bytes)
+        return torch.cuda.memory_reserved() if self._cuda else max(0, self._resident() - self.idle_bytes)
 
     def peak_added(self) -> int:
         """The most bytes added since `reset_peak`."""
@@ -130,7 +137,9 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """The lines that `measure` prints. The first batch size is measured even if the budget is spent by then.
 
-    Changes this process: its number of threads and its limit of memory.
+    Changes this process: its number of threads and its limit of memory. The model is loaded once beforehand, for
+    torch keeps what it needs for the first model of a format (about 100 MiB), and a worker pays for that once, not
+    for each member.
     """
     deadline = time.monotonic() + budget_s
     meter = _prepare(device, memory_limit)
@@ -139,7 +148,10 @@ def measure(
         path = storage.fetch(subject.member, cache_dir, storage.log_progress(subject.member.name))
         told = _told(path, subject.member)
         inputs, outputs = _tensors(subject, told)
-        for size in sorted(set(sizes)) if told.fixed_batch is None else [told.fixed_batch]:
+        ascending = sorted(set(sizes)) if told.fixed_batch is None else [told.fixed_batch]
+        predictor.load(path, subject.member, inputs, outputs, device, ascending[0])
+        meter.restart()
+        for size in ascending:
             before = time.monotonic()
             loaded = predictor.load(path, subject.member, inputs, outputs, device, size)
             load_s = time.monotonic() - before
@@ -148,7 +160,6 @@ def measure(
             yield _measure_size(loaded, inputs, size, meter).as_json()
             first = False
             del loaded
-            gc.collect()
             if time.monotonic() + load_s > deadline:
                 return
     except ModelError as error:
@@ -277,9 +288,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ensemble_worker measure", description=__doc__, allow_abbrev=False)
     parser.add_argument("--device", required=True, help="cpu-0, cuda-1, ...")
     parser.add_argument("--cores", type=_numbers, metavar="N,N", help="the cores of a CPU device")
-    parser.add_argument("--spec", required=True, metavar="FILE|-", help='JSON: {"member": ..., "inputs": ..., "outputs": ...}')
+    parser.add_argument(
+        "--spec", required=True, metavar="FILE|-", help='JSON: {"member": ..., "inputs": ..., "outputs": ...}'
+    )
     parser.add_argument("--sizes", type=_sizes, default=[1], metavar="N,N", help="batch sizes in rows")
     parser.add_argument("--budget-s", type=float, default=30.0, help="start no further batch size after this time")
-    parser.add_argument("--memory-limit", type=int, metavar="BYTES", help="what measuring may take (default: 80 %% of what is free)")
-    parser.add_argument("--cache-dir", type=Path, default=storage.default_cache_dir(), help="where remote models are kept")
+    parser.add_argument(
+        "--memory-limit", type=int, metavar="BYTES", help="what measuring may take (default: 80 %% of what is free)"
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, default=storage.default_cache_dir(), help="where remote models are kept"
+    )
     return parser

@@ -1,11 +1,13 @@
 """What a model file says about its inputs and outputs: names, datatypes, row shapes, and which batches it takes.
 
-Reads files, runs nothing. A `.pt2` file tells all of it and an ONNX file what onnxruntime reports; TorchScript says nothing.
+Reads files, runs nothing. A `.pt2` file tells all of it and an ONNX file what onnxruntime reports; TorchScript says
+nothing.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ from ensemble_worker.inspect_export import inspect_export
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+BATCH_SYMBOL = re.compile(r"(?:Symbol\(')?(\w+)")
 
 # torch._export.serde.schema.ScalarType (schema version 8).
 EXPORT_DATATYPES = {
@@ -28,7 +32,8 @@ EXPORT_DATATYPES = {
 class Signature:
     """What is known of a model's inputs and outputs; None where the file does not tell.
 
-    `fixed_batch` is the only number of rows the model takes, `max_batch` the largest one of a model with a dynamic batch.
+    `fixed_batch` is the only number of rows the model takes, `max_batch` the largest one of a model with a dynamic
+    batch.
     """
 
     inputs: tuple[TensorSpec, ...] | None = None
@@ -82,15 +87,22 @@ def of_export(program: dict[str, Any]) -> Signature:
         raise InvalidModel(
             "the inputs do not share one batch dimension: mark dimension 0 of every input as the same Dim"
         )
-    symbols = program["range_constraints"].values()
-    limits = [r["max_val"] for r in symbols if r.get("max_val") is not None] if not fixed else []
     return Signature(
         inputs=_specs(metas, inputs, [a["as_tensor"]["name"] for a in inputs]),
         outputs=_specs(metas, outputs, _output_names(module, len(outputs))),
         dynamic_batch=not fixed,
         fixed_batch=next(iter(fixed), None),
-        max_batch=min(limits, default=None),
+        max_batch=None if fixed or not inputs else _largest_batch(program, metas[inputs[0]["as_tensor"]["name"]]),
     )
+
+
+def _largest_batch(program: dict[str, Any], meta: dict[str, Any]) -> int | None:
+    """The limit of the symbol that a tensor's first dimension is; None where it is no symbol or has no limit."""
+    symbol = BATCH_SYMBOL.match(meta["sizes"][0]["as_expr"]["expr_str"])
+    if symbol is None:
+        return None
+    limit: int | None = program["range_constraints"].get(symbol[1], {}).get("max_val")
+    return limit
 
 
 def _batch(metas: dict[str, Any], arg: dict[str, Any], kind: str) -> int | None:
@@ -124,12 +136,12 @@ def _specs(metas: dict[str, Any], args: list[dict[str, Any]], names: list[str]) 
 
 
 def _output_names(module: dict[str, Any], count: int) -> list[str]:
-    """The keys of a dict of outputs; otherwise `output`, or `output_0` and so on: a graph's own names mean nothing to users."""
+    """The keys of a dict of outputs, else `output`, or `output_0` and so on: a graph's own names mean nothing."""
     call = next((c for c in module["module_call_graph"] if c["fqn"] == ""), None)
     if call is not None and call["signature"] is not None:
         tree = json.loads(call["signature"]["out_spec"])[1]
         if tree["type"] in ("builtins.dict", "collections.OrderedDict"):
-            keys = json.loads(tree["context"])
+            keys: list[str] = json.loads(tree["context"])
             if len(keys) == count and all(isinstance(k, str) for k in keys):
                 return keys
     return ["output"] if count == 1 else [f"output_{i}" for i in range(count)]

@@ -1,7 +1,8 @@
 """Model files from where they are kept: local ones in place, remote ones once into a content-addressed cache.
 
-The only file that imports fsspec. A cached file is named by its sha256 where the plan tells it, else by its URI and what the
-server says of its version. Workers of one machine share the cache: one downloads under a file lock, the others wait.
+The only file that imports fsspec. A cached file is named by its sha256 where the plan tells it, else by its URI and
+what the server says of its version. Workers of one machine share the cache: one downloads under a file lock, the
+others wait.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ FIRST_DELAY_S = 0.5
 SPARE_DISK_BYTES = 64 << 20
 LOCK_POLL_S = 0.1
 LOG_EVERY_S = 5.0
+FINAL_STATUSES = {
+    401: "the server wants credentials",
+    403: "the server refuses it: no permission",
+    404: "not found on the server",
+    410: "not found on the server any more",
+}
 VERSION_FIELDS = ("ETag", "etag", "sha256", "size", "mtime", "LastModified", "last_modified", "generation")
 
 
@@ -135,7 +142,7 @@ def _fetch_remote(source: ModelSource, cache_dir: Path, progress: Progress, chun
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:
-    """fsspec's file system for a URI, and the path in it. Instances are not shared: each fetch sees the server as it is now."""
+    """The file system for a URI, and the path in it. Instances are not shared: each fetch sees the server as it is."""
     try:
         import fsspec
     except ImportError as error:
@@ -152,9 +159,20 @@ def _filesystem(uri: str) -> tuple[Any, str]:
 
 def _describe(filesystem: Any, remote: str) -> dict[str, Any]:
     def ask() -> dict[str, Any]:
-        return dict(filesystem.info(remote))
+        try:
+            return dict(filesystem.info(remote))
+        except FileNotFoundError as error:
+            # fsspec's HTTP file system says so of servers that do not answer, too; then the cause is something else.
+            cause = error.__cause__
+            if isinstance(cause, Exception) and not isinstance(cause, FileNotFoundError) and _is_http(filesystem):
+                raise cause from error
+            raise
 
     return _persistently(ask, lambda: 0)
+
+
+def _is_http(filesystem: Any) -> bool:
+    return "http" in filesystem.protocol
 
 
 def _download(
@@ -169,11 +187,17 @@ def _download(
     """Into a partial file, which a later attempt goes on with, then in one step to its place."""
     partial = wanted.with_name(wanted.name + ".part")
     _check_space(wanted.parent, size, partial)
-    reached = 0
+    reached, block_bytes = 0, chunk_bytes
 
     def attempt() -> None:
-        nonlocal reached
-        reached = _append(filesystem, remote, size, partial, progress, chunk_bytes)
+        nonlocal reached, block_bytes
+        try:
+            reached = _append(filesystem, remote, size, partial, progress, block_bytes)
+        except ValueError:  # fsspec's word for a server without range requests; a block size of 0 asks for a stream
+            if not block_bytes:
+                raise
+            block_bytes = 0
+            reached = _append(filesystem, remote, size, partial, progress, block_bytes)
 
     _persistently(attempt, lambda: partial.stat().st_size if partial.exists() else 0)
     if size is not None and reached != size:
@@ -188,16 +212,16 @@ def _download(
     partial.replace(wanted)
 
 
-def _append(filesystem: Any, remote: str, size: int | None, partial: Path, progress: Progress, chunk_bytes: int) -> int:
-    """Read on from where the partial file ends; how many bytes it has then. Without range requests, from the beginning."""
+def _append(filesystem: Any, remote: str, size: int | None, partial: Path, progress: Progress, block_bytes: int) -> int:
+    """Read on from where the partial file ends, without range requests from the beginning; its bytes then."""
     with (
-        filesystem.open(remote, "rb", block_size=chunk_bytes, cache_type="none") as stream,
+        filesystem.open(remote, "rb", block_size=block_bytes, cache_type="none") as stream,
         partial.open("ab") as file,
     ):
         done = file.tell()
         if done and (size is None or done > size or not _seeks(stream, done)):
             file.truncate(done := 0)
-        while chunk := stream.read(chunk_bytes):
+        while chunk := stream.read(block_bytes or CHUNK_BYTES):
             file.write(chunk)
             done += len(chunk)
             progress(done, size)
@@ -228,6 +252,8 @@ def _persistently(act: Callable[[], T], reached: Callable[[], int]) -> T:
         except Exception as error:  # each file system brings its client's errors, which share no base class.
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
                 raise
+            if (status := getattr(error, "status", 0)) in FINAL_STATUSES:
+                raise _Refused(FINAL_STATUSES[status]) from error
             attempt, furthest = (0, reached()) if reached() > furthest else (attempt + 1, furthest)
             if attempt >= ATTEMPTS:
                 raise _Refused(f"cannot be fetched: {type(error).__name__}: {error}") from error

@@ -21,17 +21,21 @@ from ensemble_operator.allocation.throughput import Solution, solve
 Score = Callable[[Matrix], float]
 
 
+# Less device time than this is none: the solver's tolerance.
+_IDLE = 1e-9
+
+
 class SearchStopped(Exception):
     """Raised by a score to end the search, which then keeps the best so far."""
 
 
 @dataclass(slots=True)
 class Trace:
-    """What a search did: how much it scored, the best score after each step that improved, and the layouts then."""
+    """What a search did: how much it scored, the best score after each improvement, and the layouts it solved."""
 
     evaluations: int = 0
     steps: list[float] = field(default_factory=list)
-    improved: list[Layout] = field(default_factory=list)
+    solved: dict[Layout, float] = field(default_factory=dict)
 
 
 def greedy_paper(
@@ -108,7 +112,7 @@ def greedy(tables: Tables, starts: list[Layout], effort: Effort, trace: Trace) -
     draw = np.random.default_rng(effort.seed)
     points = sorted((_solved(tables, layout, trace) for layout in starts), key=lambda p: p.rank, reverse=True)
     best = points[0]
-    _note(trace, best)
+    trace.steps.append(best.solution.rows_per_s)
     for iteration in range(effort.max_iterations):
         if best.solution.rows_per_s >= effort.goal_rows_per_s or effort.is_spent(trace):
             break
@@ -116,13 +120,8 @@ def greedy(tables: Tables, starts: list[Layout], effort: Effort, trace: Trace) -
         point = _descend(tables, fresh, effort, trace)
         if point.rank > best.rank:
             best = point
-            _note(trace, best)
+            trace.steps.append(best.solution.rows_per_s)
     return best.layout
-
-
-def _note(trace: Trace, point: _Point) -> None:
-    trace.steps.append(point.solution.rows_per_s)
-    trace.improved.append(point.layout)
 
 
 def _descend(tables: Tables, point: _Point, effort: Effort, trace: Trace) -> _Point:
@@ -156,8 +155,10 @@ def _best_neighbour(tables: Tables, point: _Point, max_neighbours: int, trace: T
 
 
 def _solved(tables: Tables, layout: Layout, trace: Trace) -> _Point:
+    solution = solve(tables, layout)
     trace.evaluations += 1
-    return _Point(layout, solve(tables, layout))
+    trace.solved[layout] = solution.rows_per_s
+    return _Point(layout, solution)
 
 
 def _disturbed(layout: Layout, draw: np.random.Generator) -> Layout:
@@ -173,3 +174,15 @@ def _disturbed(layout: Layout, draw: np.random.Generator) -> Layout:
             row[member] = 0
         lines.append(Line(line.pool, tuple(row), line.devices))
     return Layout.of(lines)
+
+
+def without_idle(tables: Tables, layout: Layout) -> Layout:
+    """The layout without the instances that its throughput does not need, which would only take turns from others."""
+    before = solve(tables, layout)
+    busy = before.times > _IDLE
+    lines = (
+        Line(line.pool, tuple(int(level) for level in np.where(busy[at], line.row, 0)), line.devices)
+        for at, line in enumerate(layout.lines)
+    )
+    fewer = Layout.of(lines)
+    return fewer if solve(tables, fewer).rows_per_s >= before.rows_per_s * (1 - _IDLE) else layout

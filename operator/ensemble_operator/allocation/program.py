@@ -24,7 +24,6 @@ from scipy.sparse import csr_array
 
 from ensemble_operator.allocation.tables import Bools, Floats, Ints, Tables
 
-
 # A relaxation that fell by less than this share of itself will not fall much further.
 _WORTHWHILE = 1e-3
 _MAX_ROUNDS = 20

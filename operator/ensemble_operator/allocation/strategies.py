@@ -9,7 +9,7 @@ import numpy as np
 
 from ensemble_operator.allocation.errors import DoesNotFit
 from ensemble_operator.allocation.exact import exact, is_small
-from ensemble_operator.allocation.greedy import Effort, SearchStopped, Trace, greedy, greedy_paper
+from ensemble_operator.allocation.greedy import Effort, SearchStopped, Trace, greedy, greedy_paper, without_idle
 from ensemble_operator.allocation.layout import Layout, layout_of, matrix_of
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.options import PlanOptions
@@ -22,7 +22,7 @@ from ensemble_operator.allocation.worstfit import fill, worst_fit
 Evaluate = Callable[[Matrix], float]
 
 # Less than this share of the bound left to gain is less than profiles are true.
-CLOSE_ENOUGH = 2e-3
+CLOSE_ENOUGH = 5e-3
 # Up to so many cells a completely filled matrix is one of the starts.
 MAX_FILLED_CELLS = 5_000
 
@@ -107,7 +107,7 @@ def _by_greedy(search: _Search, starts: list[Layout], goal_rows_per_s: float) ->
     effort = Effort(goal, options.max_iterations, options.max_neighbours, options.seed)
     best = greedy(problem.tables, starts, effort, search.trace)
     search.note(f"greedy: {search.trace.steps[-1]:.6g} rows/s, {_effort(search.trace)}")
-    return matrix_of(problem, best)
+    return matrix_of(problem, without_idle(problem.tables, best))
 
 
 def _starts(problem: Problem, start: Matrix, assignments: list[Assignment]) -> list[Layout]:
@@ -146,23 +146,28 @@ def _with_copies(search: _Search, matrix: Matrix) -> Matrix:
 
 
 def _by_measurement(search: _Search, matrix: Matrix) -> tuple[Matrix, float | None]:
-    """The best of the search's matrices as measured, those that the model likes best first."""
+    """The best of the plan, the same with its memory filled, and the search's best matrices, as measured."""
     if search.evaluate is None:
         return matrix, None
-    earlier = (matrix_of(search.problem, layout) for layout in reversed(search.trace.improved))
-    candidates = list(dict.fromkeys([matrix, *earlier]))[: search.options.max_neighbours]
     best, best_score = matrix, None
     try:
-        for candidate in candidates:
+        for candidate in _candidates(search, matrix):
             score = search.evaluate(candidate)
-            search.note(
-                f"measured: {score:.6g} rows/s where the model says {rows_per_s(search.problem, candidate):.6g}"
-            )
+            search.note(f"measured: {score:.6g} rows/s; the model says {rows_per_s(search.problem, candidate):.6g}")
             if best_score is None or score > best_score:
                 best, best_score = candidate, score
     except SearchStopped:
         search.note("measuring was stopped; the best so far is kept")
     return best, best_score
+
+
+def _candidates(search: _Search, matrix: Matrix) -> list[Matrix]:
+    """At most `max_iterations` matrices worth measuring, and at least the plan itself."""
+    problem, solved = search.problem, search.trace.solved
+    count = max(1, search.options.max_iterations)
+    likely = sorted(solved, key=lambda layout: -solved[layout])[:count]
+    matrices = [matrix, fill(problem, matrix), *(matrix_of(problem, layout) for layout in likely)]
+    return list(dict.fromkeys(matrices))[:count]
 
 
 def _effort(trace: Trace) -> str:

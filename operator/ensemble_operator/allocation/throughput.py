@@ -134,7 +134,9 @@ def _solve_program(rates: Floats, counts: Ints, limits: Floats) -> tuple[float, 
     right = np.concatenate([np.zeros(members), counts * limits])
     bounds = np.zeros((cells + 1, 2))
     bounds[:, 1] = np.append(counts[at_line], np.inf)
-    found = linprog(cost, A_ub=system, b_ub=right, bounds=bounds, method="highs")
+    # Programs of this size are solved before presolving them pays.
+    options = {"presolve": False}
+    found = linprog(cost, A_ub=system, b_ub=right, bounds=bounds, method="highs", options=options)
     if found.status != 0:
         raise ArithmeticError(f"the linear program of a matrix has no optimum: {found.message}")
     prices = np.clip(-found.ineqlin.marginals[:members], 0, None)

@@ -44,6 +44,12 @@ def add_to(subparsers: Subparsers) -> None:
         default="none",
         help="of the link zeromq (default: %(default)s)",
     )
+    parser.add_argument(
+        "--log-level",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+        default="WARNING",
+        help="of the gateway's and the workers' logs (default: %(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -65,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         runtime_base=os.environ.get("XDG_RUNTIME_DIR"),
         link=args.link,
         encryption=args.encryption,
+        log_level=args.log_level,
     )
 
     async def main() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ensemble_contract.errors import ProtocolError
 from ensemble_contract.wire import Failed, Result, State
 from ensemble_gateway.dispatcher import Batch
 
@@ -33,10 +34,25 @@ class LinkOwner(Protocol):
         """A batch could not be run."""
 
     def worker_lost(self, worker: str, reason: str) -> None:
-        """The worker is gone; the link goes on trying to reach it."""
+        """A worker that had told its State is gone; the link has logged why, and goes on trying to reach it."""
 
     def settled(self) -> None:
         """All messages that were there have been told."""
+
+
+def check_state(state: State, worker: str, cache_rows: int | None) -> None:
+    """Check a State against the worker's name and, unless None, the cache that it has granted before.
+
+    Raises ProtocolError.
+    """
+    if state.worker != worker:
+        raise ProtocolError(f"it calls itself {state.worker!r}: its address belongs to another worker")
+    if cache_rows is not None and state.cache_rows != cache_rows:
+        raise ProtocolError(f"its cache has changed from {cache_rows} to {state.cache_rows} rows")
+    for instance in state.instances:
+        if 0 < state.cache_rows < instance.batch_size:
+            batch = f"a batch of {instance.batch_size} of {instance.member!r}"
+            raise ProtocolError(f"its cache of {state.cache_rows} rows is smaller than {batch}")
 
 
 class Link(Protocol):
@@ -58,7 +74,7 @@ class Link(Protocol):
         """These slots of the store are free again."""
 
     def reset(self, reason: str) -> None:
-        """Give the connection up, as lost, and connect anew."""
+        """Give the connection up and connect anew. The owner is told if the worker was there."""
 
     def close(self) -> None:
         """Say goodbye and release everything."""

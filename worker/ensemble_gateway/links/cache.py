@@ -1,4 +1,4 @@
-"""Which rows of the store a worker has in its cache, and where. Pure: it decides what must be put before a batch can run.
+"""Which rows of the store a worker has in its cache, and where. Pure: decides what must be put before a batch can run.
 
 A worker's cache may be smaller than the store. Rows of batches on their way are pinned; others make room when needed,
 and are put again if a later batch wants them.
@@ -6,15 +6,19 @@ and are put again if a later batch wants them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ensemble_gateway.dispatcher import Batch
 from ensemble_gateway.rowstore import slots_of
 
 Slots = np.ndarray[Any, np.dtype[np.int64]]
 RangeList = list[tuple[int, int]]
+
+# Rows of the cache that are looked at together when room is needed.
+WINDOW = 4096
 
 
 class Placement(NamedTuple):
@@ -27,16 +31,24 @@ class Placement(NamedTuple):
 
 
 class CacheMap:
-    """The cache of one worker, of `capacity` rows, for a store of `slots` rows."""
+    """The cache of one worker, of `capacity` rows, for a store of `slots` rows.
+
+    A row is put again only if it was forgotten or evicted: a slot of the store keeps its row until it is forgotten.
+    """
 
     def __init__(self, slots: int, capacity: int) -> None:
+        # More room than the store has rows is never needed.
+        capacity = min(slots, capacity)
         self._where = np.full(slots, -1, np.int64)
+        self._owner = np.full(capacity, -1, np.int64)
         self._pins = np.zeros(capacity, np.int32)
         self._free = np.arange(capacity - 1, -1, -1, dtype=np.int64)
         self._top = capacity
+        self._hand = 0
+        self._orphans = 0
 
     def place(self, ranges: Sequence[tuple[int, int]]) -> Placement | None:
-        """Pin a batch's rows and find room for those not there; None when pinned rows fill the cache."""
+        """Pin a batch's rows, all different, and find room for those not there; None when pinned rows fill it."""
         slots = slots_of(ranges)
         where = self._where[slots]
         present = where[where >= 0]
@@ -49,6 +61,7 @@ class CacheMap:
             self._top -= len(missing)
             fresh = self._free[self._top : self._top + len(missing)][::-1]
             self._where[missing] = fresh
+            self._owner[fresh] = missing
             self._pins[fresh] += 1
             where = self._where[slots]
         return Placement(where, ranges_of(where), ranges_of(self._where[missing]), ranges_of(missing))
@@ -56,22 +69,60 @@ class CacheMap:
     def unpin(self, pinned: Slots) -> None:
         """A batch is done with these rows of the cache."""
         self._pins[pinned] -= 1
+        if self._orphans:
+            idle = pinned[(self._owner[pinned] < 0) & (self._pins[pinned] == 0)]
+            self._orphans -= len(idle)
+            self._give(idle)
 
     def forget(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """These slots of the store are free: what the cache has of them is worthless."""
+        """These slots of the store are free: what the cache has of them is worthless.
+
+        Room that a batch on its way still reads is used again only when that batch is done.
+        """
         slots = slots_of(ranges)
-        self._release(slots[self._where[slots] >= 0])
+        cached = self._where[slots]
+        cached = cached[cached >= 0]
+        if len(cached) == 0:
+            return
+        self._where[slots] = -1
+        self._owner[cached] = -1
+        idle = cached[self._pins[cached] == 0]
+        self._orphans += len(cached) - len(idle)
+        self._give(idle)
 
     def _evict(self, rows: int) -> bool:
-        kept = np.flatnonzero(self._where >= 0)
-        victims = kept[self._pins[self._where[kept]] == 0][:rows]
-        self._release(victims)
-        return len(victims) == rows
+        """Make room for `rows` more, walking round the cache; False, and nothing is lost, if too many are pinned."""
+        found, left = [], rows
+        for start, stop in self._windows():
+            idle = (self._owner[start:stop] >= 0) & (self._pins[start:stop] == 0)
+            victims = np.flatnonzero(idle)[:left] + start
+            found.append(victims)
+            left -= len(victims)
+            if not left:
+                break
+        else:
+            return False
+        victims = np.concatenate(found)
+        self._hand = int(victims[-1]) + 1
+        self._where[self._owner[victims]] = -1
+        self._owner[victims] = -1
+        self._give(victims)
+        return True
 
-    def _release(self, slots: Slots) -> None:
-        self._free[self._top : self._top + len(slots)] = self._where[slots]
-        self._top += len(slots)
-        self._where[slots] = -1
+    def _windows(self) -> Iterator[tuple[int, int]]:
+        """The whole cache once, in parts, beginning where the last eviction ended: what came first leaves first."""
+        for begin, end in ((self._hand, len(self._owner)), (0, self._hand)):
+            for start in range(begin, end, WINDOW):
+                yield start, min(start + WINDOW, end)
+
+    def _give(self, cached: Slots) -> None:
+        self._free[self._top : self._top + len(cached)] = cached
+        self._top += len(cached)
+
+
+def freed_ranges(batch: Batch) -> RangeList:
+    """Slots of a batch's rows whose request is finished: they may have other rows since, and again later."""
+    return [(entry.start, entry.rows) for entry in batch.entries if entry.request.closed]
 
 
 def ranges_of(slots: Slots) -> RangeList:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import logging
 import mmap
 import os
 import socket
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,22 +24,30 @@ from ensemble_contract.layout import StoreLayout, aligned, result_offsets
 from ensemble_contract.ring import HEADER_BYTES, Ring
 from ensemble_contract.tensors import rows_of
 from ensemble_gateway.dispatcher import Batch
-from ensemble_gateway.links import LinkOwner
-from ensemble_gateway.links.cache import CacheMap, Slots
+from ensemble_gateway.links import LinkOwner, check_state
+from ensemble_gateway.links.cache import CacheMap, Slots, freed_ranges
 from ensemble_gateway.rowstore import RowStore
 
-RING_BYTES = HEADER_BYTES + (1 << 20)
+_LOG = logging.getLogger(__name__)
+
+# A record takes half of a ring at most: the longest is a Put of 65,536 ranges, each with its source.
+RING_BYTES = HEADER_BYTES + (4 << 20)
 # Only the pages that results have touched take memory.
 ARENA_BYTES = 16 << 30
 RETRY_S = 0.1
+# A worker that hangs up without a State does so again.
+REFUSED_RETRY_S = 2.0
+ROOM_AGAIN_S = 0.001
 
 
 class SharedMemory:
     """Anonymous memory with a file descriptor that can be passed to another process."""
 
     def __init__(self, name: str, size: int) -> None:
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, size)
+        # Whoever maps it relies on this: to read behind a file's end is a SIGBUS.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self._map = mmap.mmap(self.fd, size)
         self.memory = memoryview(self._map)
 
@@ -53,17 +64,14 @@ class Arena:
         self._next = 0
         self._free: dict[int, list[int]] = {}
 
-    def take(self, size: int) -> int:
-        """The offset of a block of at least `size` bytes.
-
-        Raises MemoryError when the arena is used up, which batches in flight cannot do by themselves.
-        """
+    def take(self, size: int) -> int | None:
+        """The offset of a block of at least `size` bytes; None while the arena is used up."""
         block = 1 << max(12, (size - 1).bit_length())
         free = self._free.get(block)
         if free:
             return free.pop()
         if self._next + block > self._size:
-            raise MemoryError(f"no block of {block} bytes left for results")
+            return None
         at = self._next
         self._next += block
         return at
@@ -93,6 +101,8 @@ class SharedLink:
         self._session: _Session | None = None
         self._cache: CacheMap | None = None
         self._cache_rows = 0
+        self._blocked: deque[Batch] = deque()
+        self._again: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Connect now, and again every 100 ms until the worker is there."""
@@ -100,38 +110,35 @@ class SharedLink:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             sock.connect(self._path)
-            session = _Session(sock)
-            session.greet(self._gateway, self._memory, self._layout)
+            session = self._session = _Session(sock)
         except OSError:
             sock.close()
             self._retry = self._loop.call_later(RETRY_S, self.start)
             return
-        self._session = session
         self._loop.add_reader(sock.fileno(), self._control)
         self._loop.add_reader(session.to_gateway, self._drain)
+        try:
+            session.greet(self._gateway, self._memory, self._layout)
+        except OSError as error:
+            self.reset(f"it cannot be greeted: {error}")
 
     def send(self, batch: Batch) -> None:
         """Write the batch's Run into the ring, behind a Put of the rows that a device with a cache of its own lacks."""
+        if self._session is not None and (self._blocked or not self._write(self._session, batch)):
+            self._blocked.append(batch)
+
+    def flush(self) -> None:
+        """Ring the worker's doorbell if anything was written; again in a moment while not everything found room."""
         session = self._session
         if session is None:
             return
-        ranges, pinned = batch.ranges, None
-        if self._cache is not None:
-            placement = self._cache.place(ranges)
-            if placement is None:
-                raise RuntimeError(f"worker {self.worker} granted a cache smaller than its batches in flight")
-            if placement.missing_cache:
-                session.push(wire.encode_put(placement.missing_cache, placement.missing_store))
-            ranges, pinned = placement.rows, placement.pinned
-        starts, size = result_offsets(self._outputs, batch.rows)
-        at = session.arena.take(size)
-        session.in_flight[batch.id] = _Flight(at, size, starts, batch.rows, pinned)
-        session.push(wire.encode_run(batch.id, batch.instance.id, batch.rows, at, ranges))
-
-    def flush(self) -> None:
-        """Ring the worker's doorbell if anything was written."""
-        if self._session is not None:
-            self._session.ring_worker()
+        try:
+            written = session.ring_worker()
+        except ProtocolError as error:
+            self._loop.call_soon(self._break, session, error)
+            return
+        if not written and self._again is None:
+            self._again = self._loop.call_later(ROOM_AGAIN_S, self._flush_again)
 
     def forget(self, ranges: Sequence[tuple[int, int]]) -> None:
         """These slots of the store are free again."""
@@ -139,12 +146,15 @@ class SharedLink:
             self._cache.forget(ranges)
 
     def reset(self, reason: str) -> None:
-        """Hang up, tell the owner, and connect anew."""
+        """Hang up, tell the owner if the worker was there, and connect anew."""
+        connected = self.connected
         self._drop()
-        self._owner.worker_lost(self.worker, reason)
-        self._owner.settled()
+        _LOG.warning("worker %s %s: %s", self.worker, "is lost" if connected else "cannot be used", reason)
         if not self._closed and self._retry is None:
-            self._retry = self._loop.call_later(RETRY_S, self.start)
+            self._retry = self._loop.call_later(RETRY_S if connected else REFUSED_RETRY_S, self.start)
+        if connected:
+            self._owner.worker_lost(self.worker, reason)
+            self._owner.settled()
 
     def close(self) -> None:
         """Say goodbye and let go of all memory."""
@@ -156,12 +166,50 @@ class SharedLink:
                 self._session.sock.send(wire.BYE)
         self._drop()
 
+    def _write(self, session: _Session, batch: Batch) -> bool:
+        """Write a batch; False, and nothing is written, if there is no room for its rows or results now."""
+        starts, size = result_offsets(self._outputs, batch.rows)
+        ranges, pinned = batch.ranges, None
+        at = session.arena.take(size)
+        if at is None:
+            return False
+        if self._cache is not None:
+            placement = self._cache.place(ranges)
+            if placement is None:
+                session.arena.give(at, size)
+                return False
+            if placement.missing_cache:
+                session.push(wire.encode_put(placement.missing_cache, placement.missing_store))
+            ranges, pinned = placement.rows, placement.pinned
+        session.in_flight[batch.id] = _Flight(at, size, starts, batch.rows, pinned)
+        session.push(wire.encode_run(batch.id, batch.instance.id, batch.rows, at, ranges))
+        return True
+
+    def _write_blocked(self, session: _Session) -> None:
+        while self._blocked and self._write(session, self._blocked[0]):
+            batch = self._blocked.popleft()
+            if self._cache is not None:
+                self._cache.forget(freed_ranges(batch))
+        self.flush()
+
+    def _flush_again(self) -> None:
+        self._again = None
+        self.flush()
+
     def _drop(self) -> None:
         session, self._session, self._cache, self.connected = self._session, None, None, False
+        self._blocked.clear()
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
         if session is not None:
             self._loop.remove_reader(session.sock.fileno())
             self._loop.remove_reader(session.to_gateway)
             session.close()
+
+    def _break(self, session: _Session, error: ProtocolError) -> None:
+        if session is self._session:
+            self.reset(f"it broke the protocol: {error}")
 
     def _control(self) -> None:
         session = self._session
@@ -176,20 +224,25 @@ class SharedLink:
             return
         try:
             message = wire.decode(packet) if packet else wire.Bye()
+            if isinstance(message, wire.State):
+                self._learn(message)
+                return
         except ProtocolError as error:
-            self.reset(f"it broke the protocol: {error}")
+            self._break(session, error)
             return
-        if isinstance(message, wire.State):
-            self._learn(message)
-        elif isinstance(message, wire.Bye):
+        if isinstance(message, wire.Bye):
             self._drain()
-            self.reset("it has left" if packet else "its process has ended")
+            if session is self._session:
+                self.reset("it has left" if packet else "its process has ended")
+        else:
+            self._break(session, ProtocolError(f"a {type(message).__name__} beside the ring"))
 
     def _learn(self, state: wire.State) -> None:
-        self.connected = True
-        if state.cache_rows != self._cache_rows or self._cache is None:
+        check_state(state, self.worker, self._cache_rows if self.connected else None)
+        if not self.connected:
             self._cache_rows = state.cache_rows
             self._cache = CacheMap(self._layout.slots, state.cache_rows) if state.cache_rows else None
+        self.connected = True
         self._owner.worker_state(state)
         self._owner.settled()
 
@@ -202,8 +255,10 @@ class SharedLink:
         try:
             for record in session.from_worker.pop_all():
                 self._take(session, wire.decode(record))
+            if self._blocked:
+                self._write_blocked(session)
         except ProtocolError as error:
-            self.reset(f"it broke the protocol: {error}")
+            self._break(session, error)
             return
         self._owner.settled()
 
@@ -252,6 +307,7 @@ class _Session:
         self.to_worker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.to_gateway = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.in_flight: dict[int, _Flight] = {}
+        self._backlog: deque[bytes] = deque()
         self._rung = True
 
     def greet(self, gateway: str, store: SharedMemory, layout: StoreLayout) -> None:
@@ -261,19 +317,24 @@ class _Session:
         socket.send_fds(self.sock, [hello], [store.fd, self._shared.fd, self.to_worker, self.to_gateway])
 
     def push(self, record: bytes) -> None:
-        """Write a record; credits keep the ring from filling.
-
-        Raises RuntimeError if they did not.
-        """
-        if not self._to.push(record):
-            raise RuntimeError("the ring to the worker is full although credits were left")
+        """Write a record, now or, if the ring is full, when the doorbell is rung again."""
+        self._backlog.append(record)
         self._rung = False
 
-    def ring_worker(self) -> None:
-        """Wake the worker once for all records since the last time."""
-        if not self._rung:
-            self._rung = True
+    def ring_worker(self) -> bool:
+        """Wake the worker once for all records since the last time; False while the ring has no room for some.
+
+        Raises ProtocolError if the worker has spoilt the ring.
+        """
+        if self._rung:
+            return True
+        backlog = self._backlog
+        while backlog and self._to.push(backlog[0]):
+            backlog.popleft()
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self.to_worker, 1)
+        self._rung = not backlog
+        return self._rung
 
     def close(self) -> None:
         """Let go of everything."""

@@ -1,14 +1,15 @@
-"""The link to a worker in another pod: a DEALER socket to the worker's ROUTER, by IP address, with CURVE where keys are given.
+"""The link to a worker in another pod: a DEALER to the worker's ROUTER, by IP address, with CURVE where keys are given.
 
-libzmq resolves names in its I/O thread and stalls every socket on a bad answer, so names are resolved here, off the event
-loop, on every (re)connection. The socket's descriptor is edge-triggered: after every receive and send its events are
-looked at again (ZeroMQ guide, chapter "Sockets and Patterns"; `ZMQ_FD` in zmq_getsockopt(3)).
+libzmq resolves names in its I/O thread and stalls every socket on a bad answer, so names are resolved here, off the
+event loop, on every (re)connection. The socket's descriptor is edge-triggered: after every receive and send its events
+are looked at again (ZeroMQ guide, chapter "Sockets and Patterns"; `ZMQ_FD` in zmq_getsockopt(3)).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import uuid
 from collections import deque
 from collections.abc import Sequence
@@ -23,13 +24,19 @@ from ensemble_contract.keys import KeyFiles
 from ensemble_contract.plan import WorkerAddress
 from ensemble_contract.tensors import rows_of
 from ensemble_gateway.dispatcher import Batch
-from ensemble_gateway.links import HEARTBEAT_S, SILENCE_S, LinkOwner
-from ensemble_gateway.links.cache import CacheMap, Slots
+from ensemble_gateway.links import HEARTBEAT_S, SILENCE_S, LinkOwner, check_state
+from ensemble_gateway.links.cache import CacheMap, Slots, freed_ranges
 from ensemble_gateway.rowstore import RowStore
 
+_LOG = logging.getLogger(__name__)
+
 RECONNECT_S = 1.0
+# How long a goodbye may take after its socket was closed.
+GOODBYE_MS = 200
 # Frames below this are cheaper to copy than to share with libzmq's I/O thread.
 COPY_BELOW = 64 << 10
+
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 class ZeroMQLink:
@@ -68,18 +75,8 @@ class ZeroMQLink:
         """Send a batch, and before it the rows that the worker does not have yet."""
         if self._socket is None or self._cache is None:
             return
-        placement = self._cache.place(batch.ranges)
-        if placement is None:
+        if self._blocked or not self._send(self._socket, self._cache, batch):
             self._blocked.append(batch)
-            return
-        if placement.missing_cache:
-            frames: list[bytes | memoryview] = [
-                wire.encode_put(placement.missing_cache),
-                *self._rows(placement.missing_store),
-            ]
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < COPY_BELOW)
-        self._in_flight[batch.id] = (batch.rows, placement.pinned)
-        self._socket.send(wire.encode_run(batch.id, batch.instance.id, batch.rows, 0, placement.rows), zmq.NOBLOCK)
 
     def flush(self) -> None:
         """Sending has reset the descriptor's edge: look whether something has come meanwhile."""
@@ -92,20 +89,39 @@ class ZeroMQLink:
             self._cache.forget(ranges)
 
     def reset(self, reason: str) -> None:
-        """Drop the socket, tell the owner, and connect anew."""
+        """Drop the socket, tell the owner if the worker was there, and connect anew."""
+        connected = self.connected
         self._drop()
-        self._owner.worker_lost(self.worker, reason)
-        self._owner.settled()
+        _LOG.warning("worker %s %s: %s", self.worker, "is lost" if connected else "cannot be used", reason)
         if not self._closed:
             self._beat = self._loop.call_later(RECONNECT_S, self.start)
+        if connected:
+            self._owner.worker_lost(self.worker, reason)
+            self._owner.settled()
 
     def close(self) -> None:
         """Say goodbye and release the socket."""
         self._closed = True
-        if self._socket is not None:
-            with contextlib.suppress(zmq.ZMQError):
-                self._socket.send(wire.BYE, zmq.NOBLOCK)
         self._drop()
+
+    def _send(self, sock: zmq.Socket[bytes], cache: CacheMap, batch: Batch) -> bool:
+        """Send a batch; False, and nothing is sent, while rows on their way fill the worker's cache."""
+        placement = cache.place(batch.ranges)
+        if placement is None:
+            return False
+        if placement.missing_cache:
+            frames: list[bytes | memoryview] = [
+                wire.encode_put(placement.missing_cache),
+                *self._rows(placement.missing_store),
+            ]
+            sock.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < COPY_BELOW)
+        self._in_flight[batch.id] = (batch.rows, placement.pinned)
+        sock.send(wire.encode_run(batch.id, batch.instance.id, batch.rows, 0, placement.rows), zmq.NOBLOCK)
+        return True
+
+    def _send_blocked(self, sock: zmq.Socket[bytes], cache: CacheMap) -> None:
+        while self._blocked and self._send(sock, cache, self._blocked[0]):
+            cache.forget(freed_ranges(self._blocked.popleft()))
 
     def _rows(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         return [rows.reshape(-1).view("u1").data for rows in self._store.read(ranges)]
@@ -114,7 +130,8 @@ class ZeroMQLink:
         host, port = self._address.hostname or "", self._address.port or 0
         try:
             found = await self._loop.getaddrinfo(host, port, type=1)
-        except OSError:
+        except (OSError, UnicodeError) as error:
+            _LOG.warning("worker %s: its name %s cannot be resolved: %s", self.worker, host, error)
             if not self._closed:
                 self._beat = self._loop.call_later(RECONNECT_S, self.start)
             return
@@ -130,11 +147,12 @@ class ZeroMQLink:
         sock.ipv6 = True
         # A new identity for every connection: what a former one still had under way cannot be mistaken.
         sock.identity = f"{self._gateway}/{uuid.uuid4().hex[:12]}".encode()
-        sock.setsockopt(zmq.MAXMSGSIZE, 1 << 32)
+        largest = self._store.layout.slots * max(spec.row_bytes for spec in self._outputs)
+        sock.setsockopt(zmq.MAXMSGSIZE, min(wire.MAX_FRAME_BYTES + largest, (1 << 63) - 1))
         if self._keys is not None:
             sock.curve_publickey, sock.curve_secretkey = self._keys.own_public, self._keys.own_secret
             sock.curve_serverkey = self._keys.peer_public
-        self._monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED | _REFUSED)
         sock.connect(endpoint)
         self._socket = sock
         self._heard_at = self._loop.time()
@@ -157,9 +175,12 @@ class ZeroMQLink:
         if sock is not None and monitor is not None:
             self._loop.remove_reader(sock.fileno())
             self._loop.remove_reader(monitor.fileno())
+            # A worker that hears it drops the rows at once; one that is gone holds nothing up.
+            with contextlib.suppress(zmq.ZMQError):
+                sock.send(wire.BYE, zmq.NOBLOCK)
             sock.disable_monitor()
             monitor.close(0)
-            sock.close(0)
+            sock.close(GOODBYE_MS)
 
     def _heartbeat(self) -> None:
         if self._socket is None:
@@ -172,12 +193,15 @@ class ZeroMQLink:
         self.flush()
 
     def _monitored(self) -> None:
-        """The TCP connection ended: faster than waiting for silence."""
+        """The TCP connection ended: faster than waiting for silence. The guest that a worker refuses learns why."""
         while self._monitor is not None and _readable(self._monitor):
-            parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
-            if self.connected:
+            event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
+            if event & _REFUSED:
+                self.reset("the handshake failed: both sides need CURVE, and each the other's public key, or neither")
+            elif self.connected:
                 self._drain()
-                self.reset("its connection has ended")
+                if self.connected:
+                    self.reset("its connection has ended")
 
     def _drain(self) -> None:
         told = False
@@ -209,8 +233,9 @@ class ZeroMQLink:
     def _learn(self, state: wire.State) -> None:
         if state.cache_rows < 1:
             raise ProtocolError("a State without room for rows")
+        check_state(state, self.worker, self._cache_rows if self.connected else None)
         self.connected = True
-        if self._cache is None or state.cache_rows != self._cache_rows:
+        if self._cache is None:
             self._cache_rows = state.cache_rows
             self._cache = CacheMap(self._store.layout.slots, state.cache_rows)
         self._owner.worker_state(state)
@@ -231,11 +256,8 @@ class ZeroMQLink:
             except ValueError as error:
                 raise ProtocolError(str(error)) from error
             self._owner.worker_result(message, outputs)
-        while self._blocked and self._socket is not None:
-            before = len(self._blocked)
-            self.send(self._blocked.popleft())
-            if len(self._blocked) == before:
-                break
+        if self._blocked and self._socket is not None:
+            self._send_blocked(self._socket, self._cache)
 
 
 def _readable(sock: zmq.Socket[bytes]) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from ensemble_contract.tensors import TensorSpec
 
+from ensemble_contract.tensors import TensorSpec
 from ensemble_worker.backends.fitting import Fitted
 from ensemble_worker.backends.tensors import copied, exporter, importer, padded
 

@@ -1,4 +1,4 @@
-"""A loaded model fitted to what its ensemble declares: inputs and outputs in order, types compared, its execution chosen."""
+"""A loaded model fitted to what its ensemble declares: tensors in order, types compared, its execution chosen."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ensemble_contract.tensors import TensorSpec
 
+from ensemble_contract.tensors import TensorSpec
 from ensemble_worker.backends import forms
 from ensemble_worker.backends.loaded import Call, Loaded
 from ensemble_worker.backends.tensors import DTYPES, describe, shares_memory, trial_inputs, unpacker
@@ -29,9 +29,9 @@ Rows = list[torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A model ready to be called: its input i is the declared input `input_order[i]`, and the declared output j is its
-    output `output_order[j]`.
+    """A model ready to be called.
 
+    Its input i is the declared input `input_order[i]`; the declared output j is its output `output_order[j]`.
     `modifies_inputs`: it writes into its inputs, so it must get copies. `shares_inputs`: an output may lie in an input.
     `trial` holds random rows, in the model's order, on the host.
     """
@@ -85,7 +85,7 @@ def fit(
 
 
 def check_batch(told: Signature, batch_size: int) -> None:
-    """Raises InvalidModel if the model does not take `batch_size` rows, filled up to its fixed batch where it has one."""
+    """Raises InvalidModel if the model does not take `batch_size` rows, or as many filled up to its fixed batch."""
     if told.fixed_batch is not None and batch_size > told.fixed_batch:
         raise InvalidModel(f"was exported for batches of {told.fixed_batch} rows: {batch_size} are too many")
     if told.max_batch is not None and batch_size > told.max_batch:
@@ -95,7 +95,8 @@ def check_batch(told: Signature, batch_size: int) -> None:
 def match(kind: str, declared: Sequence[TensorSpec], told: Sequence[TensorSpec] | None) -> tuple[int, ...]:
     """For inputs: the declared index of each of the model's; for outputs: the model's index of each declared one.
 
-    By name if both sides have the same names, else by position. Raises InvalidModel if number, datatype or shape differ.
+    By name if both sides have the same names, else by position. Raises InvalidModel if number, datatype or shape
+    differ.
     """
     if told is None:
         return tuple(range(len(declared)))
@@ -124,10 +125,8 @@ def check_outputs(
     for spec, place in zip(outputs, order, strict=True):
         got = results[place]
         if got.dtype != DTYPES[spec.datatype] or tuple(got.shape) != (rows, *spec.shape):
-            wanted = describe(DTYPES[spec.datatype], (rows, *spec.shape))
-            raise InvalidModel(
-                f"output {spec.name!r}: declared {wanted} for {rows} rows, the model gives {describe(got.dtype, got.shape)}"
-            )
+            wanted, given = describe(DTYPES[spec.datatype], (rows, *spec.shape)), describe(got.dtype, got.shape)
+            raise InvalidModel(f"output {spec.name!r}: declared {wanted} for {rows} rows, the model gives {given}")
 
 
 def _names(specs: Sequence[TensorSpec]) -> str:
@@ -135,7 +134,7 @@ def _names(specs: Sequence[TensorSpec]) -> str:
 
 
 def _first_run(call: Call, specs: Sequence[TensorSpec], rows: int, device: torch.device) -> tuple[Rows, Any]:
-    """Rows that the model takes and what it gives for them: of small numbers, if larger ones fall out of one of its tables."""
+    """Rows that the model takes and what it gives for them; of small numbers, if others fall out of its tables."""
     trial = [t.to(device) for t in trial_inputs(specs, rows, SEED, small=False)]
     try:
         return trial, call(*[t.clone() for t in trial])
@@ -156,13 +155,13 @@ def _takes_other_rows(
 
 
 def _trials(call: Call, trial: Rows) -> list[Rows]:
-    """First the batches to time: the planned one, or as many of its rows as take about 30 ms, and one row; then another."""
+    """The batches to time (the planned one, or as many of its rows as take about 30 ms; one row), then another."""
     one = _resized(trial, 1)
     call(*one)
     started = time.perf_counter()
     call(*one)
     rows = max(1, min(len(trial[0]), round(TIMED_TRIAL_S / (time.perf_counter() - started))))
-    return [_resized(trial, n) for n in (rows, *OTHER_ROWS)]
+    return [_resized(trial, n) for n in dict.fromkeys((rows, *OTHER_ROWS))]
 
 
 def _resized(trial: Rows, rows: int) -> Rows:

@@ -1,7 +1,8 @@
 """Quicker executions of a TorchScript module, and the choice of one: the fastest that agrees with the model as saved.
 
-Freezing folds batch norms into convolutions; torch.jit.optimize_for_inference also fuses and lays out weights for oneDNN;
-channels-last weights suit some convolutions better. Which of them wins depends on model, batch and processor, so it is timed.
+Freezing folds batch norms into convolutions; torch.jit.optimize_for_inference also fuses and lays out weights for
+oneDNN; channels-last weights suit some convolutions better. Which of them wins depends on model, batch and processor,
+so it is timed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ MIN_ROUNDS, MAX_ROUNDS = 4, 300
 TIMED_S = 0.1
 TIMED_TRIALS = 2
 
-Outputs = list[torch.Tensor]
 Script = Callable[[], torch.jit.ScriptModule]
 
 
@@ -44,7 +44,10 @@ def channels_last(script: Script) -> Form:
 
 
 def choose(
-    eager: Call, forms: Sequence[Form], trials: Sequence[Sequence[torch.Tensor]], outputs_of: Callable[[Any], Outputs]
+    eager: Call,
+    forms: Sequence[Form],
+    trials: Sequence[Sequence[torch.Tensor]],
+    outputs_of: Callable[[Any], Sequence[torch.Tensor]],
 ) -> tuple[str, Call]:
     """The name and call of the fastest form that agrees with `eager` on all trials; the first two are timed.
 
@@ -68,7 +71,10 @@ def choose(
 
 
 def _difference(
-    call: Call, trials: Sequence[Sequence[torch.Tensor]], expected: list[Outputs], outputs_of: Callable[[Any], Outputs]
+    call: Call,
+    trials: Sequence[Sequence[torch.Tensor]],
+    expected: Sequence[Sequence[torch.Tensor]],
+    outputs_of: Callable[[Any], Sequence[torch.Tensor]],
 ) -> str:
     """How a form differs from eager, empty if it does not. Twice each: TorchScript optimises after its first runs."""
     for trial, wanted in [*zip(trials, expected, strict=True)] * 2:
@@ -102,7 +108,7 @@ def _is_faster(new: Call, old: Call, trials: Sequence[Sequence[torch.Tensor]]) -
                 best[call] = min(best[call], _seconds(call, trial))
         log.debug("%d rows: %.3f ms, so far %.3f ms", len(trial[0]), 1e3 * best[new], 1e3 * best[old])
         gain *= best[new] / best[old]
-    return gain ** (1 / len(trials)) < GAIN_TO_SWITCH
+    return bool(gain ** (1 / len(trials)) < GAIN_TO_SWITCH)
 
 
 def _seconds(call: Call, trial: Sequence[torch.Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""What a backend hands to the predictor: a way to call the model as it was saved, and quicker ways that may agree with it."""
+"""What a backend hands to the predictor: a call of the model as it was saved, and quicker ones that may agree."""
 
 from __future__ import annotations
 

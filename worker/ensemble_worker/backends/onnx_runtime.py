@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from ensemble_contract.errors import ContractError
 from ensemble_contract.tensors import TensorSpec
-
 from ensemble_worker.backends.loaded import Loaded
 from ensemble_worker.devices import Device
 from ensemble_worker.errors import InvalidArchive, InvalidModel

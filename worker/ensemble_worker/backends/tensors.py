@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from ensemble_contract.tensors import TensorSpec
 
+from ensemble_contract.tensors import TensorSpec
 from ensemble_worker.errors import InvalidModel
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -50,7 +50,7 @@ def host_array(tensor: torch.Tensor) -> Array:
 
 
 def padded(make: Callable[[Array], torch.Tensor], spec: TensorSpec, batch: int) -> Callable[[Array], torch.Tensor]:
-    """`make`, with rows copied into a buffer of `batch` rows; what follows them are rows of earlier batches, or zeros."""
+    """`make`, with rows copied into a buffer of `batch` rows; those of earlier batches, or zeros, follow them."""
     buffer = torch.zeros(batch, *spec.shape, dtype=DTYPES[spec.datatype])
 
     def fill(array: Array) -> torch.Tensor:
@@ -93,7 +93,7 @@ def exporter(spec: TensorSpec, activation: str, *, owned: bool) -> Callable[[tor
 
 
 def unpacker(result: Any, names: Sequence[str]) -> Callable[[Any], Sequence[torch.Tensor]]:
-    """The function that takes a model's result apart, given one such result: a tensor, a sequence, or a dict of tensors.
+    """The function that takes results apart that are like `result`: a tensor, a sequence, or a dict of tensors.
 
     A dict is read in the order of the declared `names` where it has them. Raises InvalidModel for anything else.
     """
@@ -105,7 +105,7 @@ def unpacker(result: Any, names: Sequence[str]) -> Callable[[Any], Sequence[torc
             return lambda y: (y[keys[0]],)
         return operator.itemgetter(*keys)
     if isinstance(result, (tuple, list)) and result and all(isinstance(y, torch.Tensor) for y in result):
-        return lambda y: y  # type: ignore[no-any-return]
+        return lambda y: y
     raise InvalidModel(
         f"the model gives {type(result).__name__}: it must give a tensor, or a tuple, list or dict of tensors"
     )

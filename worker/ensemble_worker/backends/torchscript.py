@@ -1,4 +1,4 @@
-"""TorchScript files of torch.jit.save: inspected, loaded by torch's restricted reader, frozen and fused for inference."""
+"""TorchScript files of torch.jit.save: inspected, loaded by torch's restricted reader, frozen and fused."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def load(path: Path, device: torch.device) -> Loaded:
 
 def _read(text: bytes, device: torch.device) -> torch.jit.ScriptModule:
     """A module of its own: fusing changes the one that it is given."""
-
     try:
-        module: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(text), map_location=device)
+        module: torch.jit.ScriptModule = torch.jit.load(  # type: ignore[no-untyped-call]
+            io.BytesIO(text), map_location=device
+        )
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InvalidArchive(f"torch {torch.__version__} cannot read it: {reason[:300]}") from error

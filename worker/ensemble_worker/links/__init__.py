@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from ensemble_contract.errors import ProtocolError
 from ensemble_contract.wire import FailureCode, RowRanges, Run, State
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -54,7 +56,7 @@ class LinkServer(Protocol):
         """Accept gateways, on the running event loop. Raises OSError if the address cannot be bound."""
 
     def receive(self, block: bool) -> list[Work]:
-        """Batches that have come; waits for one if `block`. Returns early, perhaps empty, after `wake`. Executor only."""
+        """Batches that have come; waits for one if `block`. May return early and empty. Executor only."""
 
     def wake(self) -> None:
         """Make a waiting `receive` return."""
@@ -64,6 +66,26 @@ class LinkServer(Protocol):
 
     def close(self) -> None:
         """Say goodbye to every gateway and stop accepting."""
+
+
+class NoRows:
+    """What is left of the rows of a gateway that has gone: nothing, so that what it still had here is refused."""
+
+    slots = 0
+
+    def put(self, ranges: RowRanges, arrays: Sequence[Array]) -> None:
+        """Forget them."""
+
+    def gather(self, ranges: RowRanges) -> Sequence[Any]:  # noqa: ARG002  # the protocol's signature
+        """Raises LookupError."""
+        raise LookupError("the gateway has gone, and its rows with it")
+
+
+def check_slots(ranges: RowRanges, slots: int) -> None:
+    """Raise ProtocolError if a PUT's range ends beyond `slots`, or if it has more rows than there are slots."""
+    end = max(map(int.__add__, ranges.starts, ranges.counts))
+    if end > slots or ranges.rows > slots:
+        raise ProtocolError(f"a PUT of {ranges.rows} rows up to slot {end}, where there are {slots} slots")
 
 
 StateMaker = Callable[[int, int], State]

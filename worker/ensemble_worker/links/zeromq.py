@@ -1,4 +1,4 @@
-"""Gateways in other pods: a ROUTER socket, with CURVE and a list of admitted client keys (ZAP, RFC 27) where keys are given.
+"""Gateways in other pods: a ROUTER socket, with CURVE and an admitted client key (ZAP, RFC 27) where keys are given.
 
 Two threads use the socket, each under the lock (libzmq allows that with a full fence between; zmq(7), "Thread safety"):
 the executor receives and answers, the control thread sends heartbeats and States. A send may swallow the edge of the
@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
 from ensemble_contract import wire
 from ensemble_contract.errors import ProtocolError
 from ensemble_contract.keys import KeyFiles
 from ensemble_contract.tensors import TensorSpec, rows_of
-from zmq.auth.thread import ThreadAuthenticator
-
-from ensemble_worker.links import Rows, RowsMaker, StateMaker, Work
+from ensemble_worker.links import NoRows, Rows, RowsMaker, StateMaker, Work, check_slots
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,11 +34,12 @@ Array = np.ndarray[Any, np.dtype[Any]]
 HEARTBEAT_S = 1.0
 SILENCE_S = 10.0
 COPY_BELOW = 64 << 10
-MAX_MESSAGE_BYTES = 1 << 32
+# Messages that are taken in one go: a gateway that never stops talking shall not keep the others' batches waiting.
+MESSAGES_AT_ONCE = 256
 
 
 class ZeroMQServer:
-    """Accepts gateways at `tcp://HOST:PORT`; each may keep `cache_rows` rows here, in a cache that `make_rows` makes."""
+    """Accepts gateways at `tcp://HOST:PORT`; each may keep `cache_rows` rows in a cache that `make_rows` makes."""
 
     def __init__(
         self, address: str, inputs: Sequence[TensorSpec], state_for: StateMaker,
@@ -67,12 +68,15 @@ class ZeroMQServer:
         sock.sndhwm = sock.rcvhwm = 0
         sock.ipv6 = True
         sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        sock.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        # libzmq ends a connection before it takes memory for more than a cache full of one input.
+        largest = self._cache_rows * max(spec.row_bytes for spec in self._inputs)
+        sock.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES + largest)
         if self._keys is not None:
             self._admit_listed(self._keys)
         try:
             sock.bind(self._address)
         except zmq.ZMQError as error:
+            self.close()
             raise OSError(error.errno, f"{self._address}: {error.strerror}") from error
         self._poll.register(sock.fileno(), select.POLLIN)
         self._poll.register(self._wake, select.POLLIN)
@@ -90,15 +94,15 @@ class ZeroMQServer:
 
     def receive(self, block: bool) -> list[Work]:
         """Batches that have come, after rows were put into the caches."""
-        works = self._drain()
-        if works or not block:
+        works, more = self._drain()
+        if works or more or not block:
             return works
         # In milliseconds; an edge that was lost all the same costs no more than this.
         for fd, _ in self._poll.poll(1000):
             if fd == self._wake:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(fd)
-        return self._drain()
+        return self._drain()[0]
 
     def wake(self) -> None:
         """Make a waiting `receive` return."""
@@ -117,11 +121,13 @@ class ZeroMQServer:
             self._beat.cancel()
         for identity in list(self._peers):
             self.send([identity, wire.BYE])
+        self._peers.clear()
         with self._lock:
             self._socket.close(linger=200)
         if self._authenticator is not None:
             self._authenticator.stop()
         self._context.term()
+        os.close(self._wake)
 
     def send(self, frames: Sequence[Any]) -> None:
         """Send one message; from any thread."""
@@ -131,12 +137,13 @@ class ZeroMQServer:
             if self._readable():
                 self.wake()
 
-    def _drain(self) -> list[Work]:
+    def _drain(self) -> tuple[list[Work], bool]:
+        """Batches that have come, and whether there may be more."""
         works: list[Work] = []
-        while True:
+        for _ in range(MESSAGES_AT_ONCE):
             with self._lock:
                 if not self._readable():
-                    return works
+                    return works, False
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             try:
                 self._take(frames, works)
@@ -144,6 +151,7 @@ class ZeroMQServer:
                 identity = frames[0].bytes
                 _LOG.warning("gateway %r broke the protocol and is dropped: %s", identity[:64], error)
                 self._drop(identity)
+        return works, True
 
     def _take(self, frames: list[zmq.Frame], works: list[Work]) -> None:
         identity = frames[0].bytes
@@ -177,7 +185,9 @@ class ZeroMQServer:
             self._loop.call_soon_threadsafe(self.broadcast)
 
     def _drop(self, identity: bytes) -> None:
-        if self._peers.pop(identity, None) is not None:
+        peer = self._peers.pop(identity, None)
+        if peer is not None:
+            peer.rows = NoRows()
             self.send([identity, wire.BYE])
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self.broadcast)
@@ -201,7 +211,7 @@ class ZeroMQPeer:
 
     def __init__(self, identity: bytes, server: ZeroMQServer, inputs: tuple[TensorSpec, ...], rows: Rows) -> None:
         self.heard_at = time.monotonic()
-        self.rows = rows
+        self.rows: Rows = rows
         self._identity = identity
         self._server = server
         self._inputs = inputs
@@ -213,8 +223,7 @@ class ZeroMQPeer:
         """
         if len(frames) != len(self._inputs) or message.source.rows:
             raise ProtocolError(f"a PUT of {len(frames)} tensors, not {len(self._inputs)}")
-        if max(map(int.__add__, message.cache.starts, message.cache.counts)) > self.rows.slots:
-            raise ProtocolError(f"a PUT beyond slot {self.rows.slots}")
+        check_slots(message.cache, self.rows.slots)
         try:
             arrays = [rows_of(f.buffer, s, message.cache.rows) for f, s in zip(frames, self._inputs, strict=True)]
         except ValueError as error:
