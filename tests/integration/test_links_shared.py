@@ -88,12 +88,12 @@ async def test_more_batches_than_the_ring_has_room_for(path: Path, monkeypatch: 
     """What finds no room waits; it is not lost and does not end the link."""
     monkeypatch.setattr(shared, "RING_BYTES", RING)
     async with running(worker_at(f"unix:{path}")), gateway(link_to(path), slots=4096) as owner:
-        for _ in range(500):
-            owner.send(1, flush=False)
-        assert len(owner.in_flight) * 40 > 4 * RING
+        for _ in range(80):
+            owner.send(*[1, 2] * (BATCH_ROWS // 3), flush=False)
+        assert 80 * 8 * 2 * (BATCH_ROWS // 3) > 3 * RING
         assert owner.link is not None
         owner.link.flush()
-        await owner.until(lambda: owner.answered == 500)
+        await owner.until(lambda: owner.answered == 80)
         assert owner.wrong == []
 
 
@@ -350,6 +350,7 @@ def bad_hellos() -> dict[str, tuple[wire.SharedLayout, str]]:
 @pytest.mark.parametrize(("layout", "what"), bad_hellos().values(), ids=bad_hellos())
 async def test_a_hello_that_is_none_is_refused(path: Path, layout: wire.SharedLayout, what: str) -> None:
     async with running(worker_at(f"unix:{path}")) as worker, gateway(link_to(path)) as owner:
+        gc.collect()
         before = open_descriptors()
         with stranger(path) as other, tempfile.TemporaryFile() as file:
             file.truncate(1 << 20)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import mmap
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import pytest
 import zmq
 
@@ -108,25 +109,6 @@ async def test_a_row_that_waited_for_room_while_its_slot_was_reused(address: str
         assert owner.wrong == []
 
 
-async def test_a_row_goes_to_a_worker_once(address: str, linker: Linker) -> None:
-    """Two members that see the same rows cost one PUT."""
-    async with running(worker_at(address)) as worker, gateway(linker(address)) as owner:
-        puts: list[int] = []
-        batch = owner.send(6)
-        assert batch is not None
-        worker.gate.clear()
-        link = owner.link
-        assert isinstance(link, ZeroMQLink)
-        assert link._cache is not None
-        placement = link._cache.place(batch.ranges)
-        assert placement is not None
-        puts += [count for _, count in placement.missing_store]
-        link._cache.unpin(placement.pinned)
-        worker.open_gate()
-        await owner.until(lambda: owner.answered == 1)
-        assert puts == []
-
-
 async def test_worker_that_leaves_is_lost_once_and_found_again(address: str, linker: Linker) -> None:
     first = worker_at(address)
     first.start()
@@ -156,21 +138,26 @@ async def test_killed_worker_is_lost_at_once_with_its_batches(address: str, link
 
 
 async def test_gateway_that_leaves_frees_its_cache(address: str, linker: Linker) -> None:
-    def cache_bytes() -> int:
-        gc.collect()
-        return sum(array.nbytes for array in gc.get_objects() if isinstance(array, np.ndarray) and array.shape == shape)
-
-    shape = (5000, *BIG_INPUTS[0].shape)
-    worker = worker_at(address, inputs=BIG_INPUTS, cache_rows=shape[0])
+    rows = 5000
+    cache_bytes = rows * BIG_INPUTS[0].row_bytes
+    worker = worker_at(address, inputs=BIG_INPUTS, cache_rows=rows)
     async with running(worker), gateway(linker(address), slots=8, inputs=BIG_INPUTS) as staying:
         await staying.run(1, most_rows=2)
+        alone = mapped_bytes()
         async with gateway(linker(address), slots=8, inputs=BIG_INPUTS) as leaving:
             await leaving.run(2, most_rows=2)
             assert worker.gateways == 2
-        del leaving
+            assert mapped_bytes() > alone + cache_bytes
         await staying.until(lambda: worker.gateways == 1, timeout_s=2)
         await staying.run(5, most_rows=2)
+        assert mapped_bytes() < alone + cache_bytes / 10
         assert staying.lost == []
+
+
+def mapped_bytes() -> int:
+    """The address space of this process: a cache takes it whole, its pages only once they are written."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
 
 
 # -- silence -------------------------------------------------------------------------------------------------------
@@ -180,19 +167,23 @@ async def test_gateway_that_leaves_frees_its_cache(address: str, linker: Linker)
 async def deaf_listener() -> AsyncIterator[tuple[str, list[bytes]]]:
     """Accepts TCP connections and never answers; yields its address and what it heard."""
     heard: list[bytes] = []
+    writers: list[asyncio.StreamWriter] = []
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
         with contextlib.suppress(ConnectionError):
             while chunk := await reader.read(65536):
                 heard.append(chunk)
-        writer.close()
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
     try:
         yield f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}", heard
     finally:
         server.close()
-        await asyncio.sleep(0.05)
+        for writer in writers:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
 
 
 async def test_a_peer_that_accepts_and_never_answers(linker: Linker, caplog: pytest.LogCaptureFixture) -> None:
@@ -267,6 +258,39 @@ async def test_a_worker_that_falls_silent_is_lost(address: str, linker: Linker) 
             owner.close()
 
 
+async def test_a_row_goes_to_a_worker_once(address: str, linker: Linker) -> None:
+    """Members on one worker that see the same rows cost one PUT; freed slots are put again."""
+    with false_worker(address) as worker:
+        owner = Gateway()
+        owner.link = link = linker(address)(owner)
+        try:
+            link.start()
+            worker.sock.send_multipart([await worker.hear(wire.Hello), state()])
+            await owner.until(lambda: bool(owner.states))
+            batch = owner.send(6)
+            assert batch is not None
+            link.send(replace(batch, id=100))
+            owner.free(batch.entries[0].request)
+            assert owner.send(2) is not None
+            heard: list[wire.Message] = []
+            async with asyncio.timeout(DEADLINE_S):
+                while len(heard) < 5:
+                    while worker.sock.poll(0):
+                        heard.append(wire.decode(worker.sock.recv_multipart()[1]))
+                    await asyncio.sleep(0.01)
+            kept = [message for message in heard if isinstance(message, wire.Put | wire.Run)]
+            rows = [m.rows if isinstance(m, wire.Run) else m.cache.rows for m in kept]
+            assert list(zip(map(type, kept), rows, strict=True)) == [
+                (wire.Put, 6), (wire.Run, 6), (wire.Run, 6), (wire.Put, 2), (wire.Run, 2)
+            ]  # fmt: skip
+            assert isinstance(kept[1], wire.Run)
+            assert isinstance(kept[0], wire.Put)
+            assert kept[1].ranges == kept[0].cache
+            owner.in_flight.clear()
+        finally:
+            owner.close()
+
+
 @pytest.mark.parametrize(
     "replies",
     [
@@ -283,7 +307,7 @@ async def test_a_worker_that_falls_silent_is_lost(address: str, linker: Linker) 
     ids=["noise", "no cache", "other name", "other cache", "small cache", "unknown batch", "run", "output", "short"],
 )
 async def test_a_worker_that_breaks_the_protocol_is_left(
-    address: str, linker: Linker, replies: list[list[bytes]], caplog: pytest.LogCaptureFixture
+    address: str, linker: Linker, replies: list[list[bytes] | str], caplog: pytest.LogCaptureFixture
 ) -> None:
     answers = {"one output": [b"\0" * 48], "short outputs": [b"\0" * 48, b"\0" * 16]}
     owner = Gateway()
@@ -525,6 +549,7 @@ async def test_a_name_is_resolved_and_an_unknown_one_tried_again(
 
 async def test_an_address_in_use_is_an_error_that_names_it(address: str) -> None:
     async with running(worker_at(address)):
+        gc.collect()
         before = open_descriptors()
         with pytest.raises(OSError, match=address):
             worker_at(address).server.start()

@@ -8,6 +8,7 @@ for a range of rows are one strided block, ready to be combined.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ Ranges = tuple[tuple[int, int], ...]
 
 # Runs of at least this many free slots are kept for bulk requests; single rows prefer what lies between.
 LONG_RUN = 64
+# So many long runs are looked at for one that holds a whole request.
+LOOK_AT = 16
 
 
 class SlotAllocator:
@@ -33,7 +36,12 @@ class SlotAllocator:
         self._short: dict[int, int] = {}
 
     def take(self, rows: int) -> Ranges | None:
-        """Ranges of (start, count) for `rows` rows, as few as possible; None when so many are not free."""
+        """Ranges of (start, count) for `rows` rows, as few as a short look finds; None when not so many are free.
+
+        Raises ValueError for less than one row.
+        """
+        if rows < 1:
+            raise ValueError(f"{rows} rows cannot be stored: a request has at least one")
         if rows > self.free_slots:
             return None
         self.free_slots -= rows
@@ -69,8 +77,8 @@ class SlotAllocator:
         return start, 1
 
     def _run_for(self, rows: int) -> tuple[int, int]:
-        """The first run that holds all rows, else the newest long one, else any."""
-        for start, length in self._long.items():
+        """One of the oldest long runs that holds all rows, else the newest long one, else any."""
+        for start, length in islice(self._long.items(), LOOK_AT):
             if length >= rows:
                 return start, length
         runs = self._long or self._short
@@ -139,16 +147,15 @@ class RowStore:
             kept[column, where] = result
 
     def stack(self, output: int, columns: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Array:
-        """What these columns hold for the rows in `ranges`: an array of shape (columns, rows, *shape)."""
+        """What these columns hold for the rows in `ranges`: an array of shape (columns, rows, *shape), maybe a view."""
         kept = self.outputs[output]
+        everything = len(columns) == len(kept) and all(at == column for at, column in enumerate(columns))
         if len(ranges) == 1:
             start, count = ranges[0]
             block = kept[:, start : start + count]
-        else:
-            block = kept[:, slots_of(ranges)]
-        if len(columns) == len(kept) and all(at == column for at, column in enumerate(columns)):
-            return block
-        return block[list(columns)]
+            return block if everything else block[list(columns)]
+        where = slots_of(ranges)
+        return kept[:, where] if everything else kept[np.array(columns)[:, None], where]
 
 
 def slots_of(ranges: Sequence[tuple[int, int]]) -> np.ndarray[Any, np.dtype[np.int64]]:

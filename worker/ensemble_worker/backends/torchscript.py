@@ -20,13 +20,11 @@ def load(path: Path, device: torch.device) -> Loaded:
     Raises InvalidArchive if it was refused or torch cannot read it.
     """
     with inspect_torchscript(path) as view:
-        text = view.readall()
-    module = _read(text, device)
-    return Loaded(module, Signature(), forms=forms.compiled(lambda: _read(text, device), device))
+        module = _read(view.readall(), device)
+    return Loaded(module, Signature(), forms=forms.compiled(lambda: module, device))
 
 
 def _read(text: bytes, device: torch.device) -> torch.jit.ScriptModule:
-    """A module of its own: fusing changes the one that it is given."""
     try:
         module: torch.jit.ScriptModule = torch.jit.load(  # type: ignore[no-untyped-call]
             io.BytesIO(text), map_location=device

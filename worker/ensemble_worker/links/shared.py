@@ -147,7 +147,8 @@ class SharedServer:
             peer = self._welcome(sock, packet, fds)
             self._epoll.register(peer.doorbell, select.EPOLLIN)
         except (OSError, ProtocolError, ValueError) as error:
-            _LOG.warning("a connection that is not a gateway's was closed: %s", error)
+            # As text: the exception's traceback refers to what was mapped.
+            _LOG.warning("a connection that is not a gateway's was closed: %s", str(error))
             self._close_socket(sock)
             for fd in fds:
                 os.close(fd)
