@@ -18,7 +18,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -265,10 +265,13 @@ class LocalGateway:
     gateway: Gateway
     port: Port
     number: int
-    host: str = "127.0.0.1"
+    clients: list[Client] = field(default_factory=list)
 
     async def connect(self) -> Client:
-        return Client(*await asyncio.open_connection(self.host, self.number))
+        """A client, closed with the gateway at the latest."""
+        client = Client(*await asyncio.open_connection("127.0.0.1", self.number))
+        self.clients.append(client)
+        return client
 
 
 @contextlib.asynccontextmanager
@@ -278,13 +281,16 @@ async def serving(
     """Serve a plan in this event loop, on a free port, once every member is live."""
     gateway = Gateway(Options("127.0.0.1", 0, "", plan))
     port = Port(gateway, max_body_bytes, limits)
+    clients: list[Client] = []
     try:
         url = await port.open("127.0.0.1", 0)
         async with asyncio.timeout(STOP_S):
             while plan.workers and not gateway.pipeline.ready:
                 await asyncio.sleep(0.01)
-        yield LocalGateway(gateway, port, int(url.rpartition(":")[2]))
+        yield LocalGateway(gateway, port, int(url.rpartition(":")[2]), clients)
     finally:
+        for client in clients:
+            client.close()
         await port.close()
         gateway.close()
 

@@ -125,9 +125,14 @@ class Ledger:
             assert request.failure is None or request.failure.status in (503, 504)
         return self._end(late)
 
-    def lanes(self) -> set[Lane]:
-        """Lanes with work, as far as the batches show."""
-        return {batch.lane for batch in self.running.values()}
+    def check_poison(self) -> None:
+        """Rows that lost two workers are not given out any more."""
+        for (request, member, _), workers in self.lost_by.items():
+            assert len(workers) < 2 or request not in self.open or request.failed >> member & 1
+
+    def _lost_twice(self, request: Request, member: int, text: str) -> bool:
+        lost = [names for row, names in self.lost_by.items() if row[:2] == (request, member) and len(names) >= 2]
+        return any(f"{names[0]} and {names[1]}" in text for names in lost)
 
     def _give_up(self, worker: str, but: Lane | None = None) -> None:
         blamed: set[Lane] = set() if but is None else {but}
@@ -158,6 +163,10 @@ class Ledger:
                 complete = self.answered[request, member] == request.rows
                 assert complete == (member in done), "an answer names exactly the members that are done"
             assert not request.done & ~request.wanted
+            for member, text in (request.causes or {}).items():
+                assert request.failed >> member & 1
+                if "lost two workers" in text:
+                    assert self._lost_twice(request, member, text)
             self._release(request)
         return requests
 
@@ -201,6 +210,11 @@ class Device:
             LiveInstance(first_id + m, *members[m], self.batch_size, self.seconds[m](self.batch_size)) for m in chosen
         )
         return State(self.name, 1, live, self.serial, self.credits, device_class=self.device_class)
+
+
+def affine(fixed_s: float, row_s: float = 0.0) -> Callable[[int], float]:
+    """Seconds of a batch that costs something by itself and something for each row."""
+    return lambda rows: fixed_s + row_s * rows
 
 
 # What becomes of a batch at its worker: "answer", "fail", "lose" (the worker dies of it) or "hang".

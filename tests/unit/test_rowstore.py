@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -104,7 +105,7 @@ def make_store(slots: int) -> RowStore:
 def some_ranges(draw: st.DrawFn, slots: int) -> Ranges:
     """Ranges that do not overlap, in any order."""
     cuts = sorted(draw(st.sets(st.integers(0, slots), min_size=2, max_size=12)))
-    pieces = [(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    pieces = [(a, b - a) for a, b in itertools.pairwise(cuts)]
     chosen = draw(st.lists(st.sampled_from(pieces), min_size=1, unique=True))
     if draw(st.booleans()):
         chosen = [(start, 1) for start, _ in chosen]
@@ -149,9 +150,9 @@ def test_rows_are_where_a_naive_store_has_them(data: st.DataObject) -> None:
         assert read.flags.c_contiguous
         np.testing.assert_array_equal(read, mine[where])
     columns = data.draw(st.lists(st.integers(0, COLUMNS - 1), min_size=1, max_size=COLUMNS, unique=True))
-    for output, mine in enumerate(naive.outputs):
-        np.testing.assert_array_equal(store.stack(output, columns, ranges), mine[columns][:, where])
-        np.testing.assert_array_equal(store.stack(output, range(COLUMNS), ranges), mine[:, where])
+    for index, kept in enumerate(naive.outputs):
+        np.testing.assert_array_equal(store.stack(index, columns, ranges), kept[columns][:, where])
+        np.testing.assert_array_equal(store.stack(index, range(COLUMNS), ranges), kept[:, where])
 
 
 def test_what_was_read_does_not_change_with_the_store() -> None:
@@ -165,7 +166,7 @@ def test_what_was_read_does_not_change_with_the_store() -> None:
 def test_a_buffer_of_the_wrong_size_or_number_is_refused() -> None:
     store = make_store(8)
     good = [memoryview(bytes(2 * spec.row_bytes)) for spec in INPUTS]
-    with pytest.raises(ValueError, match="argument 2 is longer|argument 2 is shorter|shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         store.write(((0, 2),), good[:2])
     with pytest.raises(ValueError, match=r"assignment|structure"):
         store.write(((0, 2),), [good[0][:-1], *good[1:]])

@@ -69,6 +69,11 @@ class Connection(asyncio.Protocol):
         self._due = self._time() + edge.limits.idle_s
         self._unsent, self._sent_at = 0, 0.0
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes that have come and are not part of an answered request."""
+        return len(self._buffer)
+
     # -- asyncio.Protocol -----------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

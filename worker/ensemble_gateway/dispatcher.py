@@ -110,7 +110,7 @@ class Dispatcher:
         orphaned = [batch for lane in before for batch in lane.batches.values() if batch.lane is lane]
         alive = self._lanes.alive
         self._lanes.replace(state.worker, lanes)
-        for batch in orphaned:
+        for batch in sorted(orphaned, key=lambda batch: batch.id, reverse=True):
             del self._batches[batch.id]
             self._requeue(batch, ())
         return self._finish_without_dead(alive)
@@ -240,11 +240,13 @@ class Dispatcher:
     def _lose(self, worker: str, blamed: Lane | None) -> list[Request]:
         """A worker's rows are queued again; the first batch of each lane is blamed, except where one was already."""
         alive = self._lanes.alive
+        lanes = self._lanes.replace(worker, [])
+        guilty = {next(iter(lane.batches), 0) for lane in lanes if lane is not blamed}
         finished: list[Request] = []
-        for lane in self._lanes.replace(worker, []):
-            for position, batch in enumerate(lane.batches.values()):
-                del self._batches[batch.id]
-                finished += self._requeue(batch, (worker,) if position == 0 and lane is not blamed else ())
+        # The newest first, because each goes to the head of its queue.
+        for batch in sorted([b for lane in lanes for b in lane.batches.values()], key=lambda b: b.id, reverse=True):
+            del self._batches[batch.id]
+            finished += self._requeue(batch, (worker,) if batch.id in guilty else ())
         return finished + self._finish_without_dead(alive)
 
     def _requeue(self, batch: Batch, lost: tuple[str, ...]) -> list[Request]:

@@ -194,7 +194,7 @@ class Lanes:
         """Which lane gets how many of a member's waiting rows; None where they had better wait for a busy lane.
 
         `share` is what part of all waiting work these rows are: lanes that run several members need not divide the rows
-        of each to finish together, only those of the last. Rows that wait for a lane are work for it until the round ends.
+        of each to finish together, only those of the last. Rows that wait for a lane are its work until the round ends.
         """
         hosts = self.hosts[member]
         if not hosts.open_count:

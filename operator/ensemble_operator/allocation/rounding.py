@@ -2,13 +2,14 @@
 
 The program over pools (see `program`) says which instances every pool should hold and how much time each needs, but
 not on which of its devices. Members that need whole devices get devices of their own. What is left is packed by
-decreasing size, the larger of its shares of a device's time and memory, each where the most of both is left.
+decreasing size, the larger of its shares of a device's time and memory, each where the most of both is left; devices
+with too much to do then share it with devices that have time left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class _Device:
     row: list[int]
     time: float = 1.0
     memory: float = 1.0
+    items: list[_Item] = field(default_factory=list)
 
 
 def rounded(tables: Tables, assignment: Assignment) -> Layout | None:
@@ -79,13 +81,37 @@ def _packed(tables: Tables, pool: int, items: list[_Item], count: int) -> list[_
     devices = [_Device([0] * tables.member_count) for _ in range(count)]
     by_size = sorted(items, key=lambda i: (-max(i.time, shares[i.member, i.level]), i.member, i.level))
     for item in by_size:
-        for level in range(item.level, 0, -1):
-            need = float(shares[item.member, level])
-            fitting = [d for d in devices if not d.row[item.member] and need <= d.memory]
-            if fitting:
-                device = max(fitting, key=lambda d: min(d.time, d.memory))
-                device.row[item.member] = level
-                device.memory -= need
-                device.time -= item.time
-                break
+        device = _place(devices, shares, item, lambda device: min(device.time, device.memory))
+        if device:
+            device.time -= item.time
+            device.items.append(item)
+    for device in devices:
+        _relieve(device, devices, shares)
     return devices
+
+
+def _place(
+    devices: list[_Device], shares: Floats, item: _Item, room: Callable[[_Device], float], least: float = -np.inf
+) -> _Device | None:
+    """Put an instance where there is most room, but more than the least, at its largest level that fits anywhere."""
+    for level in range(item.level, 0, -1):
+        need = float(shares[item.member, level])
+        fitting = [d for d in devices if not d.row[item.member] and need <= d.memory and room(d) > least]
+        if fitting:
+            device = max(fitting, key=room)
+            device.row[item.member] = level
+            device.memory -= need
+            return device
+    return None
+
+
+def _relieve(device: _Device, devices: list[_Device], shares: Floats) -> None:
+    """Share what is too much for a device's time with others that have time and memory left."""
+    for item in sorted(device.items, key=lambda item: shares[item.member, item.level]):
+        if device.time >= -_EPSILON:
+            return
+        other = _place(devices, shares, item, lambda device: device.time, least=_EPSILON)
+        if other:
+            moved = min(-device.time, other.time, item.time)
+            device.time += moved
+            other.time -= moved
