@@ -9,19 +9,20 @@ import sys
 from collections.abc import Sequence
 
 from ensemble_operator.addresses import AddressUnavailable
-from ensemble_operator.allocation.errors import AllocationError, DoesNotFit
-from ensemble_operator.commands import crd, devices, serve
+from ensemble_operator.allocation.errors import AllocationError, DoesNotFit, InvalidProblem
+from ensemble_operator.commands import bench, crd, devices, plan, profile, serve
 from ensemble_operator.errors import EnsembleError, InvalidSpec
 from ensemble_operator.exits import ExitCode
 from ensemble_operator.preparation import ModelUnavailable
 from ensemble_operator.resource_file import ResourceUnreadable
 
-COMMANDS = (serve, devices, crd)
+COMMANDS = (serve, plan, profile, bench, devices, crd)
 
 # The first that fits; what is not listed is unexpected and shows its traceback.
 EXIT_CODES: tuple[tuple[type[Exception], ExitCode], ...] = (
     (InvalidSpec, ExitCode.INVALID_RESOURCE),
     (ResourceUnreadable, ExitCode.INVALID_RESOURCE),
+    (InvalidProblem, ExitCode.INVALID_RESOURCE),
     (ModelUnavailable, ExitCode.MODEL_UNAVAILABLE),
     (DoesNotFit, ExitCode.NOTHING_FITS),
     (AddressUnavailable, ExitCode.ADDRESS_UNAVAILABLE),
@@ -34,7 +35,7 @@ EPILOG = """exit codes:
   0  done, or stopped as asked
   1  something unexpected
   2  wrong usage
-  3  the resource cannot be read, or is not valid
+  3  the resource, or a description to plan for, cannot be read or is not valid
   4  a model cannot be loaded, and no quorum is left without it
   5  the members do not fit into the memory of the devices
   6  the address cannot be listened on

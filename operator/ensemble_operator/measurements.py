@@ -52,8 +52,15 @@ class Measurement(msgspec.Struct, frozen=True, rename="camel"):
     error: str = ""
 
 
+class Download(msgspec.Struct, frozen=True, rename="camel"):
+    """How far the download of a model is; the total is None where the server does not say."""
+
+    downloaded_bytes: int
+    total_bytes: int | None = None
+
+
 class _Line(msgspec.Struct, frozen=True, rename="camel"):
-    """Any line of a measuring process: the head (signature), a point, or an error."""
+    """Any line of a measuring process but those of a download: the head (signature), a point, or an error."""
 
     signature: Signature | None = None
     overhead_bytes: int = 0
@@ -89,6 +96,14 @@ def devices_of(text: str) -> tuple[Device, ...]:
         return msgspec.json.decode(text, type=_Listing).devices
     except msgspec.DecodeError as error:
         raise NotUnderstood(f"the list of devices is not understood: {error}") from error
+
+
+def download_of(line: str) -> Download | None:
+    """What a line of a measuring process says of its download; None if it is about something else."""
+    try:
+        return msgspec.json.decode(line, type=Download)
+    except msgspec.DecodeError:
+        return None
 
 
 def measurement_of(lines: Iterable[str]) -> Measurement:

@@ -18,7 +18,15 @@ from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.errors import EnsembleError
 from ensemble_operator.exits import describe
-from ensemble_operator.measurements import Device, Measurement, NotUnderstood, devices_of, measurement_of
+from ensemble_operator.measurements import (
+    Device,
+    Download,
+    Measurement,
+    NotUnderstood,
+    devices_of,
+    download_of,
+    measurement_of,
+)
 from ensemble_operator.processes import run_once
 
 WORKER = (sys.executable, "-m", "ensemble_worker")
@@ -59,12 +67,22 @@ async def find_devices(cpu_devices: int | None) -> tuple[Device, ...]:
 
 
 class Measurer:
-    """Measures members, as many at a time as there are devices of a class, and never twice what is on disk."""
+    """Measures members, as many at a time as there are devices of a class, and never twice what is on disk.
 
-    def __init__(self, devices: Sequence[Device], cache_folder: Path, report: Callable[[str], None]) -> None:
+    `report` is given what is being done, `downloading` how a member's download is.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        cache_folder: Path,
+        report: Callable[[str], None],
+        downloading: Callable[[str, Download], None] | None = None,
+    ) -> None:
         self._profiles = cache_folder / "profiles"
         self._models = cache_folder / "models"
         self._report = report
+        self._downloading = downloading
         self._free: dict[str, asyncio.Queue[Device]] = {}
         for device in devices:
             self._free.setdefault(device.device_class, asyncio.Queue()).put_nowait(device)
@@ -105,7 +123,7 @@ class Measurer:
         arguments = (
             *WORKER, "measure", "--device", device.name, *cores, *limit, "--spec", "-",
             "--sizes", ",".join(map(str, task.sizes)), "--budget-s", f"{task.budget_s:g}",
-            "--cache-dir", str(self._models),
+            "--cache-dir", str(self._models), "--parent-pid", str(os.getpid()),
         )  # fmt: skip
         lines: list[str] = []
         name = task.source.name
@@ -113,7 +131,14 @@ class Measurer:
         def said(line: str) -> None:
             self._report(f"{name}: {line}")
 
-        answer = await run_once(arguments, lines.append, on_error=said, stdin=msgspec.json.encode(spec))
+        def told(line: str) -> None:
+            download = download_of(line)
+            if download is None:
+                lines.append(line)
+            elif self._downloading is not None:
+                self._downloading(name, download)
+
+        answer = await run_once(arguments, told, on_error=said, stdin=msgspec.json.encode(spec))
         found = measurement_of(lines)
         if answer.code != 0 and not found.error:
             found = msgspec.structs.replace(found, error=_cause(answer.code, answer.errors))

@@ -14,6 +14,7 @@ from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.allocation.worstfit import fill, worst_fit
 from ensemble_operator.api import InferenceEnsemble, cluster_only, not_acted_upon
+from ensemble_operator.downloads import Downloads
 from ensemble_operator.errors import EnsembleError
 from ensemble_operator.live import Screen
 from ensemble_operator.measurements import (
@@ -27,8 +28,8 @@ from ensemble_operator.measurements import (
 from ensemble_operator.measuring import Measurer, Task, find_devices
 from ensemble_operator.plans import Tensors, model_source
 
-# Of each member: loads, then batches of half a second; no further batch size is begun after it.
-MEASURE_BUDGET_S = 10.0
+# Of each member, once it is loaded, for all batch sizes together.
+MEASURE_BUDGET_S = 2.5
 ROW_CACHE_BYTES = 256 << 20
 
 
@@ -117,7 +118,9 @@ async def _measure(
         m.name: Task(sources[m.name], known[m.name], spec.inputs, spec.outputs, sizes, MEASURE_BUDGET_S)
         for m in open_members
     }
-    return {**found, **await Measurer(devices, options.cache_folder, screen.note).measure(tasks)}
+    with Downloads(screen.note) as downloads:
+        measurer = Measurer(devices, options.cache_folder, downloads.note, downloads.advance)
+        return {**found, **await measurer.measure(tasks)}
 
 
 def _unloadable(

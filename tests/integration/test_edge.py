@@ -8,18 +8,9 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from tests.support.data_plane import (
-    TIMES,
-    Client,
-    LocalGateway,
-    Workers,
-    get,
-    infer,
-    infer_json,
-    post,
-    rows,
-    serving,
-)
+from tests.support.data_plane import LocalGateway, Workers, serving
+from tests.support.http_client import Client, get, infer, infer_json, post, rows
+from tests.support.plane_members import TIMES
 
 METADATA = get("/v2/models/echo")
 
@@ -150,7 +141,8 @@ async def test_a_refused_expectation_leaves_the_connection_usable_or_closed(edge
         # The client has seen the refusal, and sends no body (RFC 9110, section 10.1.1).
         assert await client.ended()
     async with await edge.connect() as client:
-        assert (await client.ask(post(b"{}", Expect="a miracle")[:-2])).status == 417
+        reply = await client.ask(post(b"{}", Expect="a miracle")[:-2])
+        assert (reply.status, reply.error) == (417, "Expect 'a miracle' is not served: only 100-continue")
         assert await client.ended()
 
 
@@ -274,3 +266,21 @@ async def test_a_head_just_below_the_limit(client: Client) -> None:
         fat = b"".join(b"x-%d: %s\r\n" % (i, b"a" * 100) for i in range(500))
         assert (await client.ask(first + b"\r\n" + b"X: " + b"b" * 9000 + b"\r\n" + fat + rest)).status == 200
         await works(client)
+
+
+@pytest.mark.parametrize("chunk", [b"xyz\r\n", b"5\r\nabcdefgh\r\n0\r\n\r\n", b"fffffffffffffffffffff\r\n"])
+async def test_broken_chunks_are_v2_errors(client: Client, chunk: bytes) -> None:
+    reply = await client.ask(post(b"", Content_Length=None, Transfer_Encoding="chunked") + chunk)
+    assert reply.status == 400
+    assert reply.error
+    assert await client.ended()
+
+
+async def test_a_malformed_head_behind_a_chunked_request_is_a_v2_error(client: Client) -> None:
+    body = infer_json(rows(1))
+    client.send(post(b"", Content_Length=None, Transfer_Encoding="chunked"))
+    client.send(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+    assert (await client.reply()).status == 200
+    reply = await client.ask(b"GET / HTTP/1.1\r\nno colon\r\n\r\n")
+    assert (reply.status, reply.error) == (400, "this is no HTTP request: Invalid header token")
+    assert await client.ended()

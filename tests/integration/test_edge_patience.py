@@ -9,20 +9,9 @@ import numpy as np
 import pytest
 
 from ensemble_gateway.admission import RECEIVED_AT_ONCE_BYTES, Limits
-from tests.support.data_plane import (
-    TIMES,
-    WIDTH,
-    GatewayProcess,
-    LocalGateway,
-    Workers,
-    gateway_process,
-    get,
-    infer,
-    infer_json,
-    post,
-    rows,
-    serving,
-)
+from tests.support.data_plane import GatewayProcess, LocalGateway, Workers, gateway_process, serving
+from tests.support.http_client import WIDTH, get, infer, infer_json, post, rows
+from tests.support.plane_members import TIMES
 
 METADATA = get("/v2")
 SHORT = Limits(stall_s=0.3, slowest_bytes_per_s=1e6, idle_s=0.8, linger_s=0.1)
@@ -130,14 +119,14 @@ async def flood(local: LocalGateway, request: bytes) -> int:
 
 async def test_a_slow_reader_gets_everything(hasty: LocalGateway) -> None:
     """It takes longer than the patience with a reader that takes nothing."""
-    x = rows(20_000)
+    x = rows(8000)
     reader, writer = await asyncio.open_connection("127.0.0.1", hasty.number, limit=4096)
     sock = writer.get_extra_info("socket")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
-    writer.write(infer(x) + infer(x[:1]))
+    writer.write(infer(x, model="echo.times2") + infer(x[:1]))
     received = b""
     for _ in range(12):
-        received += await asyncio.wait_for(reader.read(30_000), 5)
+        received += await asyncio.wait_for(reader.read(15_000), 5)
         await asyncio.sleep(0.1)
     while more := await asyncio.wait_for(reader.read(1 << 20), 5):
         received += more

@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import gc
 import mmap
-import socket
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,17 +15,12 @@ import zmq
 
 from ensemble_contract import wire
 from ensemble_contract.keys import KeyFiles
-from ensemble_contract.plan import WorkerAddress
 from ensemble_gateway.links import SILENCE_S
-from ensemble_gateway.links.zeromq import ZeroMQLink
 from tests.support.link_pairs import (
     BATCH_ROWS,
     BIG_INPUTS,
     DEADLINE_S,
-    INPUTS,
-    NAME,
     Gateway,
-    NumpyWorker,
     free_port,
     gateway,
     open_descriptors,
@@ -35,27 +28,18 @@ from tests.support.link_pairs import (
     worker_at,
     worker_process,
 )
+from tests.support.link_strangers import (
+    Linker,
+    false_worker,
+    state,
+    zeromq_links,
+)
 
 
 @pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    yield made
-    made.term()
-
-
-@pytest.fixture
-def linker(context: zmq.Context[zmq.Socket[bytes]]) -> Callable[..., Callable[[Gateway], ZeroMQLink]]:
-    def link_to(address: str, keys: KeyFiles | None = None) -> Callable[[Gateway], ZeroMQLink]:
-        def make(owner: Gateway) -> ZeroMQLink:
-            return ZeroMQLink(WorkerAddress(NAME, address), owner.store, "gateway", owner, context, keys)
-
-        return make
-
-    return link_to
-
-
-Linker = Callable[..., Callable[[Gateway], ZeroMQLink]]
+def linker() -> Iterator[Linker]:
+    with zeromq_links() as links:
+        yield links
 
 
 @pytest.fixture
@@ -160,104 +144,6 @@ def mapped_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
 
 
-# -- silence -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def deaf_listener() -> AsyncIterator[tuple[str, list[bytes]]]:
-    """Accepts TCP connections and never answers; yields its address and what it heard."""
-    heard: list[bytes] = []
-    writers: list[asyncio.StreamWriter] = []
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writers.append(writer)
-        with contextlib.suppress(ConnectionError):
-            while chunk := await reader.read(65536):
-                heard.append(chunk)
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    try:
-        yield f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}", heard
-    finally:
-        server.close()
-        for writer in writers:
-            writer.close()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
-
-
-async def test_a_peer_that_accepts_and_never_answers(linker: Linker, caplog: pytest.LogCaptureFixture) -> None:
-    owner = Gateway()
-    async with deaf_listener() as (address, heard):
-        owner.link = link = linker(address)(owner)
-        began = time.monotonic()
-        try:
-            link.start()
-            await owner.until(lambda: "nothing was heard from it for 3 s" in caplog.text, timeout_s=2 * SILENCE_S)
-            assert SILENCE_S <= time.monotonic() - began < SILENCE_S + 1.5
-            connections = len(heard)
-            await owner.until(lambda: len(heard) > connections, timeout_s=4)
-            assert (owner.states, owner.lost) == ([], []), "a worker that never was there cannot be lost"
-        finally:
-            owner.close()
-
-
-class FalseWorker:
-    """A ROUTER in our own hands."""
-
-    def __init__(self, address: str) -> None:
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.sock = self.context.socket(zmq.ROUTER)
-        self.sock.linger = 0
-        self.sock.bind(address)
-
-    async def hear(self, kind: type[wire.Message]) -> bytes:
-        """The identity of the next gateway that sends such a message."""
-        deadline = time.monotonic() + DEADLINE_S
-        while time.monotonic() < deadline:
-            if self.sock.poll(0):
-                frames = self.sock.recv_multipart()
-                if isinstance(wire.decode(frames[1]), kind):
-                    return frames[0]
-            await asyncio.sleep(0.01)
-        raise AssertionError(f"no {kind.__name__} within {DEADLINE_S} s")
-
-    def close(self) -> None:
-        self.sock.close(0)
-        self.context.term()
-
-
-@contextlib.contextmanager
-def false_worker(address: str) -> Iterator[FalseWorker]:
-    made = FalseWorker(address)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-def state(**more: object) -> bytes:
-    fields = {"worker": NAME, "generation": 1, "instances": (), "serial": True, "credits": 1, "cache_rows": 64, **more}
-    return wire.encode_control(wire.State(**fields))  # type: ignore[arg-type]
-
-
-async def test_a_worker_that_falls_silent_is_lost(address: str, linker: Linker) -> None:
-    with false_worker(address) as worker:
-        owner = Gateway()
-        owner.link = linker(address)(owner)
-        try:
-            owner.link.start()
-            worker.sock.send_multipart([await worker.hear(wire.Hello), state()])
-            await owner.until(lambda: bool(owner.states))
-            for _ in range(4):
-                worker.sock.send_multipart([await worker.hear(wire.Ping), wire.PING])
-            assert owner.lost == [], "signs of life keep it"
-            await owner.until(lambda: bool(owner.lost), timeout_s=2 * SILENCE_S)
-            assert owner.lost == ["nothing was heard from it for 3 s"]
-        finally:
-            owner.close()
-
-
 async def test_a_row_goes_to_a_worker_once(address: str, linker: Linker) -> None:
     """Members on one worker that see the same rows cost one PUT; freed slots are put again."""
     with false_worker(address) as worker:
@@ -265,7 +151,7 @@ async def test_a_row_goes_to_a_worker_once(address: str, linker: Linker) -> None
         owner.link = link = linker(address)(owner)
         try:
             link.start()
-            worker.sock.send_multipart([await worker.hear(wire.Hello), state()])
+            worker.sock.send_multipart([await worker.hear(wire.Hello), state(64)])
             await owner.until(lambda: bool(owner.states))
             batch = owner.send(6)
             assert batch is not None
@@ -291,179 +177,29 @@ async def test_a_row_goes_to_a_worker_once(address: str, linker: Linker) -> None
             owner.close()
 
 
-@pytest.mark.parametrize(
-    "replies",
-    [
-        [[b"?"]],
-        [[state(cache_rows=0)]],
-        [[state(worker="another")]],
-        [[state()], [state(cache_rows=65)]],
-        [[state(cache_rows=1, instances=(wire.LiveInstance(1, "m", "d", 2, 0.1),))]],
-        [[state()], [wire.encode_result(99, 1, 1), b"", b""]],
-        [[state()], [wire.encode_run(1, 1, 1, 0, [(0, 1)])]],
-        [[state()], "one output"],
-        [[state()], "short outputs"],
-    ],
-    ids=["noise", "no cache", "other name", "other cache", "small cache", "unknown batch", "run", "output", "short"],
-)
-async def test_a_worker_that_breaks_the_protocol_is_left(
-    address: str, linker: Linker, replies: list[list[bytes] | str], caplog: pytest.LogCaptureFixture
+async def test_a_name_is_resolved_and_an_unknown_one_tried_again(
+    linker: Linker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answers = {"one output": [b"\0" * 48], "short outputs": [b"\0" * 48, b"\0" * 16]}
-    owner = Gateway()
-    owner.link = link = linker(address)(owner)
+    port = free_port()
+    async with running(worker_at(f"tcp://127.0.0.1:{port}")), gateway(linker(f"tcp://localhost:{port}")) as owner:
+        await owner.run(5)
+    lonely = Gateway()
+    lonely.link = linker(f"tcp://no-such-host.invalid:{port}")(lonely)
     try:
-        with false_worker(address) as worker:
-            link.start()
-            identity = await worker.hear(wire.Hello)
-            for reply in replies:
-                if isinstance(reply, str):
-                    await owner.until(lambda: bool(owner.states))
-                    batch = owner.send(3)
-                    assert batch is not None
-                    reply = [wire.encode_result(batch.id, 1, 1), *answers[reply]]
-                worker.sock.send_multipart([identity, *reply])
-            await owner.until(lambda: "it broke the protocol" in caplog.text)
-            assert not link.connected
-            assert len(owner.lost) == len(owner.states) == len(replies) - 1
-            assert await worker.hear(wire.Bye) == identity
-        async with running(worker_at(address)):
-            await owner.until(lambda: link.connected)
-            await owner.run(20)
+        lonely.link.start()
+        await lonely.until(lambda: caplog.text.count("cannot be resolved") == 2)
     finally:
-        owner.close()
+        lonely.close()
 
 
-# -- hostile gateways ----------------------------------------------------------------------------------------------
-
-
-class Stranger:
-    """A DEALER in our own hands."""
-
-    def __init__(self, address: str) -> None:
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.sock = self.context.socket(zmq.DEALER)
-        self.sock.linger = 0
-        self.sock.connect(address)
-
-    async def hear(self, kind: type[wire.Message]) -> wire.Message:
-        deadline = time.monotonic() + DEADLINE_S
-        while time.monotonic() < deadline:
-            if self.sock.poll(0):
-                message = wire.decode(self.sock.recv_multipart()[0])
-                if isinstance(message, kind):
-                    return message
-            await asyncio.sleep(0.01)
-        raise AssertionError(f"no {kind.__name__} within {DEADLINE_S} s")
-
-    async def greet(self) -> None:
-        self.sock.send(wire.encode_control(wire.Hello("stranger")))
-        await self.hear(wire.State)
-
-    def close(self) -> None:
-        self.sock.close(0)
-        self.context.term()
-
-
-@contextlib.contextmanager
-def stranger(address: str) -> Iterator[Stranger]:
-    made = Stranger(address)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-async def goes_on(worker: NumpyWorker, owner: Gateway) -> None:
-    await owner.until(lambda: worker.gateways == 1)
-    await owner.run(20)
-    assert owner.lost == []
-
-
-X, TAG = bytes(3 * INPUTS[0].row_bytes), bytes(3 * INPUTS[1].row_bytes)
-GARBAGE = {
-    "nothing": [b""],
-    "noise": [b"\xff" * 40],
-    "a state": [state()],
-    "a result": [wire.encode_result(1, 1, 1)],
-    "put without tensors": [wire.encode_put([(0, 3)])],
-    "put of one tensor": [wire.encode_put([(0, 3)]), X],
-    "put of short tensors": [wire.encode_put([(0, 3)]), X, TAG[:-1]],
-    "put of long tensors": [wire.encode_put([(0, 2)]), X, TAG],
-    "put beyond the cache": [wire.encode_put([(254, 3)]), X, TAG],
-    "put from the store": [wire.encode_put([(0, 3)], [(0, 3)]), X, TAG],
-    "too large a frame": [wire.PING + bytes(4 << 20)],
-}
-
-
-@pytest.mark.parametrize("frames", GARBAGE.values(), ids=GARBAGE)
-async def test_garbage_drops_its_gateway_only(address: str, linker: Linker, frames: list[bytes]) -> None:
-    async with running(worker_at(address)) as worker, gateway(linker(address)) as owner:
-        with stranger(address) as other:
-            await other.greet()
-            other.sock.send_multipart(frames)
-            if len(frames[0]) < 1 << 20:
-                await other.hear(wire.Bye)
-                await goes_on(worker, owner)
-        await owner.run(20)
-        assert owner.lost == []
-
-
-async def test_an_unknown_gateway_is_told_so(address: str, linker: Linker) -> None:
-    async with running(worker_at(address)), gateway(linker(address)) as owner:
-        with stranger(address) as other:
-            for message in (wire.PING, wire.encode_run(1, 1, 1, 0, [(0, 1)])):
-                other.sock.send(message)
-                await other.hear(wire.Bye)
-            other.sock.send(wire.BYE)
-            await other.greet()
-        await owner.run(20)
-        assert owner.lost == []
-
-
-async def test_a_worker_that_has_forgotten_its_gateway_is_greeted_again(address: str, linker: Linker) -> None:
-    with false_worker(address) as worker:
-        owner = Gateway()
-        owner.link = linker(address)(owner)
-        try:
-            owner.link.start()
-            first = await worker.hear(wire.Hello)
-            worker.sock.send_multipart([first, state()])
-            await owner.until(lambda: bool(owner.states))
-            worker.sock.send_multipart([await worker.hear(wire.Ping), wire.BYE])
-            second = await worker.hear(wire.Hello)
-            assert first != second
-            worker.sock.send_multipart([second, state()])
-            await owner.until(lambda: len(owner.states) == 2)
-            assert len(owner.lost) == 1
-        finally:
-            owner.close()
-
-
-async def test_strangers_at_the_port_are_closed(address: str, linker: Linker) -> None:
-    async with running(worker_at(address)), gateway(linker(address)) as owner:
-        port = int(address.rpartition(":")[2])
-        for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 1000, b""):
-            with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S) as sock:
-                sock.sendall(noise)
-        await owner.run(20)
-        assert owner.lost == []
-
-
-async def test_a_gateway_that_never_stops_talking_does_not_silence_the_others(address: str, linker: Linker) -> None:
-    async with running(worker_at(address)), gateway(linker(address)) as owner:
-        with stranger(address) as other:
-            await other.greet()
-            done = asyncio.create_task(owner.run(100))
-            async with asyncio.timeout(DEADLINE_S):
-                while not done.done():
-                    for _ in range(100):
-                        other.sock.send(wire.PING)
-                    await asyncio.sleep(0)
-            await done
-
-
-# -- CURVE ---------------------------------------------------------------------------------------------------------
+async def test_an_address_in_use_is_an_error_that_names_it(address: str) -> None:
+    async with running(worker_at(address)):
+        gc.collect()
+        before = open_descriptors()
+        with pytest.raises(OSError, match=address):
+            worker_at(address).server.start()
+        gc.collect()
+        assert open_descriptors() <= before
 
 
 def key_pairs() -> tuple[KeyFiles, KeyFiles]:
@@ -527,31 +263,3 @@ async def test_a_worker_without_keys_refuses_a_gateway_with_keys(
             assert worker.gateways == 0
         finally:
             refused.close()
-
-
-# -- addresses -----------------------------------------------------------------------------------------------------
-
-
-async def test_a_name_is_resolved_and_an_unknown_one_tried_again(
-    linker: Linker, caplog: pytest.LogCaptureFixture
-) -> None:
-    port = free_port()
-    async with running(worker_at(f"tcp://127.0.0.1:{port}")), gateway(linker(f"tcp://localhost:{port}")) as owner:
-        await owner.run(5)
-    lonely = Gateway()
-    lonely.link = linker(f"tcp://no-such-host.invalid:{port}")(lonely)
-    try:
-        lonely.link.start()
-        await lonely.until(lambda: caplog.text.count("cannot be resolved") == 2)
-    finally:
-        lonely.close()
-
-
-async def test_an_address_in_use_is_an_error_that_names_it(address: str) -> None:
-    async with running(worker_at(address)):
-        gc.collect()
-        before = open_descriptors()
-        with pytest.raises(OSError, match=address):
-            worker_at(address).server.start()
-        gc.collect()
-        assert open_descriptors() <= before

@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
 
+from ensemble_worker.profiler import Measurement, _is_worthwhile
 from tests.support import models
+
+DEADLINE_S = 30.0
 
 
 def _measure(*arguments: str, spec: Any = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ensemble_worker", "measure", *arguments]
     text = None if spec is None else json.dumps(spec)
     return subprocess.run(command, input=text, capture_output=True, text=True, timeout=90)
+
+
+def _measured(size: int, rows_per_s: float) -> Measurement:
+    return Measurement(size, rows_per_s, size / rows_per_s, 0.0, 0, "eager")
+
+
+@pytest.mark.parametrize(
+    ("rates", "size", "left_s", "worthwhile"),
+    [
+        ({1: 1000.0}, 8, 2.0, True),  # quick
+        ({1: 1000.0, 8: 900.0}, 32, 2.0, True),  # still quick: a rate may rise again
+        ({1: 1000.0, 8: 900.0}, 128, 2.0, False),  # half a second, for less than before
+        ({1: 1000.0, 8: 1500.0}, 128, 2.0, True),
+        ({1: 20.0}, 8, 2.0, True),  # the first two are compared, whatever they are
+        ({1: 20.0}, 8, 1.0, False),  # no time for it
+        ({1: 20.0, 8: 25.0}, 32, 5.0, False),
+        ({1: 20.0, 8: 25.0}, 32, 6.0, True),
+    ],
+)
+def test_a_larger_size_is_measured_if_it_is_quick_or_the_last_brought_more(
+    rates: dict[int, float], size: int, left_s: float, worthwhile: bool
+) -> None:
+    found = [_measured(one, rate) for one, rate in rates.items()]
+    assert _is_worthwhile(found, size, left_s) is worthwhile
 
 
 def _spec(path: Path, **more: Any) -> dict[str, Any]:
@@ -118,3 +153,73 @@ def test_a_spec_that_is_no_spec_names_the_field() -> None:
     done = _measure(*CPU, spec={"member": {"name": "cat"}})
     assert done.returncode == 1
     assert "$.member" in done.stderr
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the name is the base class's
+        """Silence."""
+
+
+def test_a_download_is_reported_line_by_line_and_the_form_is_remembered(tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    path = models.export_mlp(tmp_path / "web/m.pt2", seed=1)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path / "web")))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        spec = _spec(path)
+        spec["member"]["uri"] = f"http://127.0.0.1:{server.server_address[1]}/m.pt2"
+        lines = _lines(_measure(*CPU, "--cache-dir", str(tmp_path / "cache"), "--budget-s", "0", spec=spec))
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+    size = path.stat().st_size
+    assert lines[0] == {"downloadedBytes": size, "totalBytes": size}
+    assert lines[1]["signature"]["dynamicBatch"] is True
+    (remembered,) = (tmp_path / "cache/forms").iterdir()
+    assert remembered.read_text() == lines[2]["form"]
+
+
+PARENT = """
+import os, subprocess, sys, time
+command = [sys.executable, "-m", "ensemble_worker", "measure", *sys.argv[1:], "--parent-pid", str(os.getpid())]
+print(subprocess.Popen(command).pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_measuring_process_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """Its spec is a pipe that never ends; it reads it once it has asked to die with its parent."""
+    pipe = tmp_path / "spec"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-c", PARENT, *CPU[:-1], str(pipe)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        opened: list[int] = []
+        try:
+            _wait(lambda: _opens(pipe, opened))
+            parent.kill()
+            parent.wait(DEADLINE_S)
+            _wait(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+        finally:
+            parent.kill()
+            if child.is_running():
+                child.kill()
+            for one in opened:
+                os.close(one)
+
+
+def _opens(pipe: Path, opened: list[int]) -> bool:
+    """Whether somebody reads the pipe; then it is kept open for writing."""
+    with contextlib.suppress(OSError):
+        opened.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+    return bool(opened)
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

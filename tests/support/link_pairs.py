@@ -69,6 +69,8 @@ class NumpyWorker:
         self.gate.set()
         self.server = make_server(self._state_for)
         self._stopped = False
+        # Kept until the next batch, as a thread's own variables would.
+        self._newest: Work | None = None
         self._thread = threading.Thread(target=self._run, name="numpy-worker", daemon=True)
 
     def start(self) -> None:
@@ -95,6 +97,7 @@ class NumpyWorker:
                 self._execute(waiting.pop(0))
 
     def _execute(self, work: Work) -> None:
+        self._newest = work
         run, peer = work.run, work.peer
         end = max(map(int.__add__, run.ranges.starts, run.ranges.counts))
         if end > peer.rows.slots:

@@ -10,12 +10,13 @@ import random
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from ensemble_contract.wire import LiveInstance, State
 from ensemble_gateway.dispatcher import Batch
 from ensemble_gateway.queues import Request
-from tests.support.dispatch_world import Device, Ledger, World, affine
+from tests.support.dispatch_ledger import Ledger
+from tests.support.dispatch_world import Device, World, affine
 
 MEMBERS = 3
 WORKERS = 3
@@ -67,9 +68,10 @@ class DispatcherMachine(RuleBasedStateMachine):
         quorum = min(quorum, wanted.bit_count())
         self.ledger.admit(rows, wanted=wanted, quorum=quorum, timeout_s=timeout_s)
 
-    @precondition(lambda self: self.ledger.open)
     @rule(which=PICK)
     def cancel(self, which: int) -> None:
+        if not self.ledger.open:
+            return
         requests: list[Request] = sorted(self.ledger.open, key=lambda request: request.seq)
         self.ledger.cancel(requests[which % len(requests)])
 
@@ -98,27 +100,31 @@ class DispatcherMachine(RuleBasedStateMachine):
         batches = list(self.ledger.running.values())
         return batches[which % len(batches)]
 
-    @precondition(lambda self: self.ledger.running)
     @rule(which=PICK)
     def answer(self, which: int) -> None:
+        if not self.ledger.running:
+            return
         batch = self._pick(which)
         self.ledger.answer(batch, batch.rows * ROW_S)
 
-    @precondition(lambda self: self.ledger.running)
     @rule(which=PICK)
     def fail(self, which: int) -> None:
+        if not self.ledger.running:
+            return
         self.ledger.fail(self._pick(which), "no memory")
 
-    @precondition(lambda self: self.ledger.running)
     @rule(which=PICK)
     def device_lost(self, which: int) -> None:
+        if not self.ledger.running:
+            return
         batch = self._pick(which)
         self.hosted.pop(batch.lane.worker)
         self.ledger.device_lost(batch)
 
-    @precondition(lambda self: self.ledger.running)
     @rule(which=PICK)
     def unknown(self, which: int) -> None:
+        if not self.ledger.running:
+            return
         batch = self._pick(which)
         self.hosted[batch.lane.worker].pop(batch.instance.member)
         self.ledger.unknown(batch)
@@ -157,7 +163,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         assert self.ledger.allocator.free_slots == self.ledger.allocator.slots, "every slot is free again"
 
 
-DispatcherMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+DispatcherMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 TestDispatcher = DispatcherMachine.TestCase
 
 

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import uvloop
+
 from ensemble_contract.errors import InvalidPlan
 from ensemble_contract.keys import KeyFiles
 from ensemble_contract.plan import GatewayPlan, decode_plan
-
 from ensemble_gateway.app import Options, serve
 
+EVERYWHERE = "0.0.0.0"  # noqa: S104  # a server's default
 EXIT_USAGE = 2
 EXIT_PLAN = 3
 EXIT_ADDRESS = 6
@@ -35,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         uvloop.run(
             serve(
-                Options(host.strip("[]") or "0.0.0.0", int(port), options.admin, plan, keys, token, options.parent_pid)
-            )  # noqa: S104  # a server's default
+                Options(host.strip("[]") or EVERYWHERE, int(port), options.admin, plan, keys, token, options.parent_pid)
+            )
         )
     except OSError as error:
         print(f"gateway: cannot listen on {options.http}: {error.strerror or error}", file=sys.stderr)  # noqa: T201

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
+
 from ensemble_contract.errors import InvalidPlan
 from ensemble_contract.plan import GatewayPlan, decode_plan, encode_plan
-
 from ensemble_gateway.pipeline import Pipeline
 
 
@@ -67,8 +67,8 @@ def require(token: str) -> Any:
 
     @web.middleware
     async def check(request: web.Request, handler: Any) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token and not hmac.compare_digest(given.encode(), token.encode()):
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode(errors="surrogateescape")
+        if token and not hmac.compare_digest(given, token.encode()):
             return _json({"error": "this API wants the admin token: Authorization: Bearer TOKEN"}, 401)
         response: web.StreamResponse = await handler(request)
         return response

@@ -98,6 +98,11 @@ class Gateway:
         await _until(lambda: former.idle)
         former.close()
 
+    @property
+    def retiring(self) -> int:
+        """How many changes of plan are under way, or have requests of the former plan in flight."""
+        return len(self._retiring)
+
     def drain(self) -> None:
         """Say that no new requests shall come."""
         self.pipeline.draining = True

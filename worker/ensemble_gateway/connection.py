@@ -15,11 +15,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ensemble_gateway.heads import Head, cannot_become_a_head
+from ensemble_gateway.lent import MAX_HEAD_BYTES
 from ensemble_gateway.pipeline import Pipeline
 from ensemble_gateway.queues import Request
 from ensemble_gateway.replies import error_reply, full_reply
 from ensemble_gateway.request import Answer, Array, InferHeader, RequestError
-from ensemble_gateway.routes import MAX_HEAD_BYTES
 
 if TYPE_CHECKING:
     from ensemble_gateway.edge import Edge
@@ -61,10 +61,8 @@ class Connection(asyncio.Protocol):
         self._request: Request | None = None
         self._pipeline: Pipeline | None = None
         self._lent: asyncio.Protocol | None = None
-        self._lent_busy = False
-        self._lent_left = 0
-        self._paused = False
-        self._blocked = False
+        self._lent_busy, self._lent_left = False, 0
+        self._paused = self._blocked = False
         # When the client must have done its next thing.
         self._due = self._time() + edge.limits.idle_s
         self._unsent, self._sent_at = 0, 0.0
@@ -147,8 +145,7 @@ class Connection(asyncio.Protocol):
                 case Reading.LENDING:
                     self._lend_body()
                 case Reading.LENT:
-                    data, self._buffer = bytes(self._buffer), b""
-                    self._lend(data)
+                    self._lend_all()
                 case Reading.ANSWERING | Reading.LEAVING:
                     return
 
@@ -199,8 +196,8 @@ class Connection(asyncio.Protocol):
 
     def resume_body(self) -> None:
         """The large body that this connection waits to read may come now."""
-        if self._head is not None:
-            self._due = self._time() + self._edge.limits.body_s(self._head.size)
+        size = self._head.size if self._head is not None else 0
+        self._due = self._time() + self._edge.limits.body_s(size)
         self._resume()
 
     # -- inference ------------------------------------------------------------------------------------------------
@@ -261,8 +258,7 @@ class Connection(asyncio.Protocol):
     def _next(self) -> None:
         """The request is answered: read on."""
         limits = self._edge.limits
-        self._head = None
-        self._reading = Reading.HEAD
+        self._head, self._reading = None, Reading.HEAD
         self._due = self._time() + (limits.stall_s if self._buffer else limits.idle_s)
         self._read_on()
 
@@ -275,11 +271,15 @@ class Connection(asyncio.Protocol):
             self._reading = Reading.ANSWERING
         self._lend(data)
 
+    def _lend_all(self) -> None:
+        data, self._buffer = bytes(self._buffer), b""
+        self._lend(data)
+
     def _lend(self, data: bytes) -> None:
         if self._lent is None and self._edge.lend is not None and self._transport is not None:
             self._lent = self._edge.lend()
             self._lent.connection_made(self._transport)
-        if self._lent is not None:
+        if self._lent is not None and data:
             self._lent.data_received(data)
 
     def lent_request_began(self) -> None:
@@ -295,9 +295,7 @@ class Connection(asyncio.Protocol):
             self._reading = Reading.LENT
             self._due = self._time() + self._edge.limits.idle_s
             self._resume()
-            data, self._buffer = bytes(self._buffer), b""
-            if data:
-                self._lend(data)
+            self._lend_all()
 
     # -- closing, pausing -----------------------------------------------------------------------------------------
 

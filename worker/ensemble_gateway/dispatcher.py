@@ -275,7 +275,9 @@ class Dispatcher:
             return batches
         lanes.ripen(now)
         needs = [need for member in bits(queues.members & lanes.open) if (need := self._need(member))]
-        total_s = -sum([need[1] for need in needs])
+        total_s = 0.0
+        for need in needs:
+            total_s -= need[1]
         heapify(needs)
         while needs:
             _, work_s, member = needs[0]
@@ -285,8 +287,10 @@ class Dispatcher:
                 heappop(needs)
                 continue
             batches.append(self._cut(offer, now))
-            need = self._need(member)
-            total_s += work_s - (need[1] if need else 0.0)
+            need = self._need(member) if queues.waiting[member] else None
+            total_s += work_s
+            if need:
+                total_s -= need[1]
             if need and lanes.open >> member & 1:
                 heapreplace(needs, need)
             else:
@@ -298,12 +302,11 @@ class Dispatcher:
 
     def _need(self, member: int) -> tuple[int, float, int] | None:
         """How much a member needs a lane, the smaller the more: by its oldest request, then by its work."""
-        if not self._queues.waiting[member]:
-            return None
         head = self._queues.head(member)
-        if head is None:
+        reference = self._lanes.hosts[member].reference
+        if head is None or reference is None:
             return None
-        return head.seq, -self._lanes.work(member, self._queues.waiting[member]), member
+        return head.seq, -reference.expect(self._queues.waiting[member]), member
 
     def _early(self, member: int, waiting: int, offer: Offer, now: float) -> bool:
         """Whether the rows may wait a little for others, and do not fill a batch yet."""

@@ -16,6 +16,7 @@ from aiohttp import web
 from ensemble_gateway.admission import SMALL_BYTES, BodyBudget, Limits, Receiver
 from ensemble_gateway.connection import Connection
 from ensemble_gateway.heads import Head, Heads
+from ensemble_gateway.lent import lent_protocols
 from ensemble_gateway.pipeline import Pipeline
 from ensemble_gateway.replies import Replies
 from ensemble_gateway.request import InferHeader
@@ -58,7 +59,7 @@ class Edge:
 
     def serve_others(self, server: web.Server) -> None:
         """Hand every request that is not a plain inference to this server; its application has `announce`."""
-        self.lend = server
+        self.lend = lent_protocols(server)
 
     @web.middleware
     async def announce(

@@ -13,8 +13,9 @@ from urllib.parse import unquote
 
 import httptools
 
+from ensemble_gateway.lent import MAX_HEAD_BYTES
 from ensemble_gateway.request import Model, RequestError
-from ensemble_gateway.routes import MAX_HEAD_BYTES, check_content_type
+from ensemble_gateway.routes import check_content_type
 from ensemble_gateway.served import find_model
 from ensemble_gateway.v2 import split_body
 
@@ -86,7 +87,10 @@ class Heads:
 class _Fields:
     """What httptools tells of a head."""
 
+    parser: httptools.HttpRequestParser
+
     def __init__(self) -> None:
+        self.keep_alive = True
         self.target = b""
         self.headers: list[tuple[bytes, bytes]] = []
 
@@ -96,10 +100,14 @@ class _Fields:
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name.lower(), value))
 
+    def on_headers_complete(self) -> None:
+        # Asked here, because it is forgotten when a message without a body is complete.
+        self.keep_alive = self.parser.should_keep_alive()
+
 
 def _parse(text: bytes, max_body_bytes: int) -> Head:
     fields = _Fields()
-    parser = httptools.HttpRequestParser(fields)
+    parser = fields.parser = httptools.HttpRequestParser(fields)
     try:
         parser.feed_data(text)
     except httptools.HttpParserUpgrade:
@@ -110,6 +118,10 @@ def _parse(text: bytes, max_body_bytes: int) -> Head:
     if version not in _VERSIONS:
         return Head(len(text), len(text), refusal=(505, f"HTTP/{version} is not served: use HTTP/1.1"))
     values = dict(fields.headers)
+    expectation = values.get(b"expect", b"100-continue")
+    if expectation.lower() != b"100-continue":
+        shown = expectation[:80].decode("latin-1")
+        return Head(len(text), len(text), refusal=(417, f"Expect {shown!r} is not served: only 100-continue"))
     if _ENDLESS & values.keys():
         return Head(len(text), len(text), endless=True)
     # llhttp has checked that it is a number.
@@ -133,7 +145,7 @@ def _parse(text: bytes, max_body_bytes: int) -> Head:
         return slow
     name, wanted = match.groups()
     return Head(
-        len(text), size, True, False, bool(parser.should_keep_alive()), fields.target,
+        len(text), size, True, False, fields.keep_alive, fields.target,
         unquote(name.decode("latin-1")), None if wanted is None else unquote(wanted.decode("latin-1")),
         None if header_length is None else int(header_length),
     )  # fmt: skip

@@ -71,7 +71,8 @@ class Instance:
 class Lane:
     """Something that runs one batch after another: the instances it can run, and the batches given to it, oldest first.
 
-    `open`, `opens_at` and `reserved_s` (work that waits for it although others are open) are kept by `Lanes`.
+    `open`, `opens_at`, `reserved_s` (work that waits for it although others are open) and `listed` (where its members
+    list it while it is open) are kept by `Lanes`.
     """
 
     worker: str
@@ -84,6 +85,7 @@ class Lane:
     open: bool = False
     opens_at: float = inf
     reserved_s: float = 0.0
+    listed: list[tuple[dict[Lane, Instance], Instance]] = field(default_factory=list)
 
     def backlog(self, now: float) -> float:
         """Seconds until it is expected to be free; one that is late is expected to be late by as much again."""

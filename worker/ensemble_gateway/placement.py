@@ -40,25 +40,25 @@ class Hosts:
     `few` lists them where they are few. `reference` is the latency of one of them, to compare members by.
     """
 
-    __slots__ = ("by_class", "few", "open", "open_count", "reference")
+    __slots__ = ("by_class", "few", "open", "reference")
 
     def __init__(self) -> None:
         self.by_class: dict[str, dict[Lane, Instance]] = {}
         self.open: dict[str, dict[Lane, Instance]] = {}
-        self.open_count = 0
         self.few: list[Host] = []
         self.reference: Latency | None = None
 
     def add(self, lane: Lane, instance: Instance) -> None:
         """A lane that is not open yet."""
         self.by_class.setdefault(lane.device_class, {})[lane] = instance
-        self.open.setdefault(lane.device_class, {})
+        lane.listed.append((self.open.setdefault(lane.device_class, {}), instance))
         self._look_over()
 
     def remove(self, lane: Lane) -> None:
         """A lane that is closed goes."""
         lanes = self.by_class[lane.device_class]
-        del lanes[lane]
+        instance = lanes.pop(lane)
+        lane.listed = [place for place in lane.listed if place[1] is not instance]
         if not lanes:
             del self.by_class[lane.device_class], self.open[lane.device_class]
         self._look_over()
@@ -92,6 +92,7 @@ class Lanes:
         self._opening: list[tuple[float, int, Lane]] = []
         self._order = count()
         self._reserved: list[Lane] = []
+        self._parts: dict[int, int] = {}
 
     # -- lanes come, go, start and finish -------------------------------------------------------------------------
 
@@ -170,25 +171,17 @@ class Lanes:
         if lane.open == is_open:
             return
         lane.open = is_open
-        name = lane.device_class
-        for member, instance in lane.instances.items():
-            hosts = self.hosts[member]
-            if is_open:
-                hosts.open[name][lane] = instance
-                hosts.open_count += 1
-                self.open |= 1 << member
-            else:
-                del hosts.open[name][lane]
-                hosts.open_count -= 1
-                if not hosts.open_count:
-                    self.open &= ~(1 << member)
+        if is_open:
+            for lanes, instance in lane.listed:
+                lanes[lane] = instance
+                self.open |= 1 << instance.member
+            return
+        for lanes, instance in lane.listed:
+            del lanes[lane]
+            if not lanes and not any(self.hosts[instance.member].open.values()):
+                self.open &= ~(1 << instance.member)
 
     # -- choosing -------------------------------------------------------------------------------------------------
-
-    def work(self, member: int, rows: int) -> float:
-        """Seconds that so many rows of a member take on a host of it; 0 without one."""
-        reference = self.hosts[member].reference
-        return 0.0 if reference is None else reference.expect(rows)
 
     def offer(self, member: int, waiting: int, share: float, now: float) -> Offer | None:
         """Which lane gets how many of a member's waiting rows; None where they had better wait for a busy lane.
@@ -197,7 +190,7 @@ class Lanes:
         of each to finish together, only those of the last. Rows that wait for a lane are its work until the round ends.
         """
         hosts = self.hosts[member]
-        if not hosts.open_count:
+        if not self.open >> member & 1:
             return None
         few = hosts.few
         if len(few) == 1:
@@ -207,8 +200,11 @@ class Lanes:
             level = None if waiting == 1 else _level([(host, 1.0) for host in few], waiting, share, now)
             return level or self._soonest(few, now)
         if len(hosts.open) == 1:
-            lane, instance = _unused(next(iter(hosts.open.values())))
-            part = ceil(waiting / (hosts.open_count * _share_of(lane, share)))
+            (opened,) = hosts.open.values()
+            lane, instance = _unused(opened)
+            part = self._parts.get(member)
+            if part is None:
+                part = self._parts[member] = ceil(waiting / (len(opened) * _share_of(lane, share)))
             rows = _even(min(waiting, part), instance.batch_size)
             return lane, instance, _worthwhile(instance, rows, waiting)
         sample = hosts.sample()
@@ -219,6 +215,7 @@ class Lanes:
         for lane in self._reserved:
             lane.reserved_s = 0.0
         self._reserved.clear()
+        self._parts.clear()
 
     def _soonest(self, hosts: Iterable[Host], now: float) -> Offer | None:
         """One row for the open lane that is done with it first, unless a busy one is done clearly sooner."""

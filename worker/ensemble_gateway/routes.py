@@ -29,15 +29,6 @@ OFF_LOOP_BYTES = 64 << 10
 LINGER_S = 2.0
 """How long the rest of a refused body is read and dropped, so that its sender gets to read the answer."""
 
-NEVER_S = 10 * 365 * 86_400.0
-"""For timers of aiohttp that cannot be turned off."""
-
-MAX_HEAD_BYTES = 64 << 10
-"""The largest head of a request, in all."""
-
-MIN_FIELD_BYTES = 4
-"""A name, a colon, CR LF."""
-
 # curl -d sends its JSON as a form unless told otherwise, and every V2 tutorial calls it so.
 INFER_CONTENT_TYPES = frozenset(
     {"", "application/json", "application/octet-stream", "application/x-www-form-urlencoded"}
@@ -103,15 +94,10 @@ def make_runner(app: web.Application, *, shutdown_timeout_s: float) -> web.AppRu
     """A runner of the application; after `await runner.setup()`, `runner.server()` makes a connection's protocol.
 
     Bodies stay as they were sent, for `v2.decompress` to bound and to check. A client that leaves cancels its handler.
-    `runner.cleanup()` waits so long for requests that are being answered. Heads that the edge lets pass are not refused
-    again, and idle connections are the edge's to close: aiohttp does not see the inferences on them.
+    `runner.cleanup()` waits so long for requests that are being answered.
     """
     return web.AppRunner(
         app,
-        keepalive_timeout=NEVER_S,
-        max_line_size=MAX_HEAD_BYTES,
-        max_field_size=MAX_HEAD_BYTES,
-        max_headers=MAX_HEAD_BYTES // MIN_FIELD_BYTES,
         auto_decompress=False,
         handler_cancellation=True,
         access_log=None,
@@ -195,7 +181,7 @@ class _Routes:
             if request.headers["Expect"].lower() != "100-continue":
                 raise RequestError(417, f"Expect {request.headers['Expect'][:80]!r} is not served: only 100-continue")
         except RequestError as error:
-            return _error_response(error)
+            return error_response(error)
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return None
 
@@ -282,28 +268,29 @@ async def _errors_as_v2(request: web.Request, handler: Handler) -> web.StreamRes
     try:
         return await handler(request)
     except RequestError as error:
-        return _error_response(error)
+        return error_response(error)
     except web.RequestPayloadError as error:
-        return _error_response(RequestError(400, f"the body cannot be read: {error}"))
+        return error_response(RequestError(400, f"the body cannot be read: {error}"))
     except web.HTTPNotFound:
-        return _error_response(
+        return error_response(
             RequestError(404, f"no such path {request.path[:80]!r}: try /v2, /v2/models/NAME, /v2/models/NAME/infer")
         )
     except web.HTTPMethodNotAllowed as error:
         allowed = ", ".join(sorted(error.allowed_methods))
-        response = _error_response(
+        response = error_response(
             RequestError(405, f"{request.method} is not for {request.path[:80]!r}: use {allowed}")
         )
         response.headers["Allow"] = allowed
         return response
     except web.HTTPException as error:
-        return _error_response(RequestError(error.status, error.reason))
+        return error_response(RequestError(error.status, error.reason))
     except Exception:
         _LOG.exception("%s %s failed", request.method, request.path)
-        return _error_response(RequestError(500, "internal error: the gateway's log has the cause"))
+        return error_response(RequestError(500, "internal error: the gateway's log has the cause"))
 
 
-def _error_response(error: RequestError) -> web.Response:
+def error_response(error: RequestError) -> web.Response:
+    """V2's error object with the error's status."""
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None
     response = web.Response(
         status=error.status, body=v2.error_body(str(error)), content_type="application/json", headers=headers

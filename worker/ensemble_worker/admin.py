@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
+
 from ensemble_contract.errors import InvalidPlan
 from ensemble_contract.plan import WorkerPlan, decode_plan
-
 from ensemble_worker.devices import Device
 from ensemble_worker.exposition import exposition
 from ensemble_worker.loop import Running
@@ -87,7 +87,11 @@ def _require(token: str) -> Any:
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token and request.path != "/v1/health" and not hmac.compare_digest(given.encode(), token.encode()):
+        if (
+            token
+            and request.path != "/v1/health"
+            and not hmac.compare_digest(given.encode(errors="surrogateescape"), token.encode())
+        ):
             return _json({"error": "this API wants the admin token: Authorization: Bearer TOKEN"}, 401)
         return await handler(request)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from ensemble_contract.layout import StoreLayout
 from ensemble_contract.tensors import TensorSpec
 from ensemble_contract.wire import RowRanges

@@ -6,27 +6,36 @@ import contextlib
 import ctypes
 import logging
 import os
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import fx
 
 from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import TensorSpec
+from ensemble_worker.backends import forms
 from ensemble_worker.backends.cpu import CpuPredictor
-from ensemble_worker.backends.cuda import CudaPredictor, as_lost
-from ensemble_worker.backends.fitting import Fitted, fit
+from ensemble_worker.backends.cuda import CudaPredictor, DeviceRows, as_lost
+from ensemble_worker.backends.fitting import Fitted, check_batch, fit
 from ensemble_worker.backends.loaded import Loaded
 from ensemble_worker.backends.tensors import host_array
+from ensemble_worker.chosen_forms import ChosenForms
 from ensemble_worker.devices import Device
 from ensemble_worker.errors import DeviceLost, InvalidArchive, InvalidModel, ModelError, OutOfMemory
 
 log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, np.dtype[Any]]
+# Longer batches are run once more only when they are asked for: their first run is not much slower than the next.
+WARM_UP_S = 0.1
+# M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h.
+MALLOC_OPTIONS = {-3: 1 << 30, -1: (1 << 31) - 1, -8: 1}
 OUT_OF_MEMORY_WORDS = (
     "out of memory",
     "can't allocate memory",
@@ -61,10 +70,66 @@ def prepare_cpu(cores: Sequence[int], *, pin: bool) -> None:
     """Give torch as many threads as `cores`, once per process and before the first load; `pin` keeps them there."""
     if pin:
         os.sched_setaffinity(0, cores)
+    _keep_freed_memory()
     torch.set_num_threads(max(1, len(cores)))
     if torch.get_num_interop_threads() != 1:
         torch.set_num_interop_threads(1)
     torch.set_flush_denormal(True)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A member in memory, checked against what is declared, its execution chosen: makes predictors of any batch size."""
+
+    source: ModelSource
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    device: Device
+    fitted: Fitted
+
+    @property
+    def form(self) -> str:
+        """How the model is executed."""
+        return self.fitted.form
+
+    def at(self, batch_size: int) -> Predictor:
+        """A predictor that is warmed up at `batch_size` rows; all predictors of a model share its weights.
+
+        Raises as `read` does.
+        """
+        fitted = self.fitted
+        with _as_model_errors(self.source, self.device, batch_size), torch.inference_mode():
+            check_batch(fitted.fixed_batch, fitted.max_batch, batch_size)
+            arguments = (fitted, self.inputs, self.outputs, self.source.activation, batch_size)
+            predictor: Predictor
+            if self.device.kind == "cpu" or fitted.on_host:
+                predictor = CpuPredictor(*arguments)
+            else:
+                predictor = CudaPredictor(*arguments, _torch_device(self.device))
+            _warm_up(predictor, fitted)
+        return_freed_memory()
+        return predictor
+
+
+def read(
+    path: Path,
+    source: ModelSource,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    device: Device,
+    batch_size: int,
+    preferred_form: str = "",
+) -> Model:
+    """Load a member, check it against the declared tensors, and choose its execution, `preferred_form` if it agrees.
+
+    A model that does not say which batches it takes must take `batch_size` rows. Raises ModelError (OutOfMemory if
+    memory is what lacks) naming the member, its URI and the cause, and DeviceLost if the device cannot be used again.
+    """
+    with _as_model_errors(source, device, batch_size), torch.inference_mode():
+        loaded = _load_file(path, source.format, device)
+        place = torch.device("cpu") if loaded.on_host else _torch_device(device)
+        fitted = fit(loaded, inputs, outputs, place, batch_size, preferred_form)
+    return Model(source, inputs, outputs, device, fitted)
 
 
 def load(
@@ -74,20 +139,47 @@ def load(
     outputs: tuple[TensorSpec, ...],
     device: Device,
     batch_size: int,
+    cache_dir: Path | None = None,
 ) -> Predictor:
-    """Load a member, check it against the declared tensors, choose its execution and warm it up at `batch_size` rows.
+    """`read` a member and warm it up at `batch_size` rows; with a `cache_dir`, in the form that was measured before.
 
-    Raises ModelError (OutOfMemory if memory is what lacks) naming the member, its URI and the cause, and
-    DeviceLost if the device cannot be used again.
+    Raises as `read` does.
     """
+    known = ChosenForms(cache_dir).recall(source, device) if cache_dir is not None else ""
+    predictor = read(path, source, inputs, outputs, device, batch_size, known).at(batch_size)
+    log.info("member %s: %s, %s, batches of %d rows", source.name, device.name, predictor.form, batch_size)
+    return predictor
+
+
+def rehearse(model_format: str) -> None:
+    """Make torch keep what it keeps from the first model of a format on, which a process pays for once."""
+    if model_format == "onnx":
+        return
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.LazyLinear(8))
+    rows = torch.ones(2, 3, 8, 8)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module(rows)
+        scripted = torch.jit.script(fx.symbolic_trace(module.eval()))
+        for form in forms.compiled(lambda: scripted, torch.device("cpu")):
+            call = form.make()
+            for _ in range(2):
+                call(rows)
+
+
+def device_rows(device: Device, inputs: Sequence[TensorSpec], slots: int) -> DeviceRows:
+    """Slots for rows on a GPU, which `Predictor.run` takes as they are gathered. Raises DeviceLost."""
     try:
-        with torch.inference_mode():
-            loaded = _load_file(path, source.format, device)
-            place = torch.device("cpu") if loaded.on_host else _torch_device(device)
-            fitted = fit(loaded, inputs, outputs, place, batch_size)
-            del loaded
-            predictor = _predictor(fitted, inputs, outputs, source.activation, device, batch_size)
-            _warm_up(predictor, fitted)
+        return DeviceRows(_torch_device(device), inputs, slots)
+    except RuntimeError as error:
+        raise as_lost(error, device.name) from error
+
+
+@contextlib.contextmanager
+def _as_model_errors(source: ModelSource, device: Device, batch_size: int) -> Iterator[None]:
+    """Whatever goes wrong with a model inside, as a ModelError that names it."""
+    try:
+        yield
     except (InvalidArchive, InvalidModel) as error:
         raise ModelError(source.name, source.uri, str(error)) from error
     except OSError as error:
@@ -101,9 +193,18 @@ def load(
         if isinstance(lost, DeviceLost):
             raise lost from error
         raise ModelError(source.name, source.uri, f"fails on {batch_size} rows: {error}") from error
-    return_freed_memory()
-    log.info("member %s: %s, %s, batches of %d rows", source.name, device.name, predictor.form, batch_size)
-    return predictor
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library use the memory of one batch again for the next (mallopt(3), glibc).
+
+    By default it maps every large tensor anew, and a batch of images spends as long on page faults as on its layers.
+    One arena, because tensors that one thread frees are what another allocates. `return_freed_memory` still works.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        for option, value in MALLOC_OPTIONS.items():
+            libc.mallopt(option, value)
 
 
 def return_freed_memory() -> None:
@@ -141,27 +242,17 @@ def _load_file(path: Path, model_format: str, device: Device) -> Loaded:
     raise InvalidModel(f"format {model_format!r} is not one of torch-export, torchscript, onnx")
 
 
-def _predictor(
-    fitted: Fitted,
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
-    activation: str,
-    device: Device,
-    batch_size: int,
-) -> Predictor:
-    if device.kind == "cpu" or fitted.on_host:
-        return CpuPredictor(fitted, inputs, outputs, activation, batch_size)
-    return CudaPredictor(fitted, inputs, outputs, activation, batch_size, _torch_device(device))
-
-
 def _warm_up(predictor: Predictor, fitted: Fitted) -> None:
-    """Run the planned batch and one row, twice each: TorchScript, cuDNN and allocators settle in their first runs.
+    """Run the planned batch and one row, twice if that is quick: TorchScript, cuDNN and allocators settle at first.
 
     Rows in shared memory are read-only arrays; torch warns about them once per process, which happens here.
     """
-    trial = dict(zip(fitted.input_order, fitted.trial, strict=True))
+    trial = dict(zip(fitted.input_order, fitted.rows(predictor.batch_size), strict=True))
     arrays = [host_array(trial[i]) for i in range(len(trial))]
+    started = time.perf_counter()
     for rows in (predictor.batch_size, 1) * 2:
+        if time.perf_counter() - started > WARM_UP_S:
+            return
         batch = [array[:rows] for array in arrays]
         for array in batch:
             array.setflags(write=False)

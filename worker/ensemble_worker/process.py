@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -18,15 +17,16 @@ from typing import Any
 
 import psutil
 from aiohttp import web
+
 from ensemble_contract.errors import InvalidPlan
 from ensemble_contract.keys import KeyFiles
 from ensemble_contract.orphan import die_with_parent
 from ensemble_contract.plan import ModelSource, WorkerPlan, decode_plan, encode_plan
 from ensemble_contract.wire import LiveInstance, State
-
 from ensemble_worker import devices, predictor, storage
 from ensemble_worker.admin import make_admin
-from ensemble_worker.errors import WorkerError
+from ensemble_worker.arguments import device_of, parser
+from ensemble_worker.errors import DeviceLost, WorkerError
 from ensemble_worker.gather import HostRows
 from ensemble_worker.links import LinkServer, Rows
 from ensemble_worker.links.shared import SharedServer
@@ -38,6 +38,7 @@ _LOG = logging.getLogger(__name__)
 CREDITS = 2
 EXIT_DEVICE_LOST = 70
 EXIT_ADDRESS = 6
+LAST_BATCH_S = 5.0
 PLAN_FILE = "plan.json"
 
 
@@ -75,7 +76,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._ids = count(1)
         self._plan: WorkerPlan | None = None
-        self._placed: dict[tuple[str, int], Placed] = {}
+        self._placed: dict[tuple[str, str, int], Placed] = {}
         self._server: LinkServer | None = None
         self._executor: Executor | None = None
         self._loading: asyncio.Task[None] | None = None
@@ -89,11 +90,13 @@ class Worker:
         """Run a newer plan; False if it is older than the present one.
 
         Instances that both plans have go on undisturbed; others end at once; new ones are loaded one after the other.
+        The same plan once more has those tried again that could not be loaded.
         """
         former = self._plan
         if former is not None and plan.generation < former.generation:
             return False
         if plan == former:
+            self._try_failed_again(plan)
             return True
         self._plan = plan
         self._keep(plan)
@@ -104,6 +107,11 @@ class Worker:
             self._loading.cancel()
         self._loading = self._loop.create_task(self._load_planned(plan))
         return True
+
+    def _try_failed_again(self, plan: WorkerPlan) -> None:
+        busy = self._loading is not None and not self._loading.done()
+        if not busy and any(placed.state == "failed" for placed in self._placed.values()):
+            self._loading = self._loop.create_task(self._load_planned(plan))
 
     def instance_states(self) -> list[dict[str, Any]]:
         """Every instance of the plan with its state."""
@@ -117,11 +125,12 @@ class Worker:
         """For how long the batch that runs now has been running."""
         return self._executor.busy_s() if self._executor is not None else 0.0
 
-    def close(self) -> None:
-        """Finish the batch that runs, say goodbye to gateways, end."""
+    def close(self) -> bool:
+        """Finish the batch that runs, say goodbye to gateways; False if a thread is left that cannot be stopped."""
+        loading = self._loading is not None and not self._loading.done()
         if self._loading is not None:
             self._loading.cancel()
-        self._close_links()
+        return self._close_links() and not loading
 
     # -- links ----------------------------------------------------------------------------------------------------
 
@@ -134,13 +143,17 @@ class Worker:
         self._server, self._executor = server, Executor(server, serial=serial, lost=self._device_lost)
         self._executor.start()
 
-    def _close_links(self) -> None:
+    def _close_links(self) -> bool:
+        """Say goodbye to gateways; False if the batch that runs does not end."""
+        ended = True
         if self._executor is not None:
             self._executor.stop()
-            self._executor.join(timeout=5)
+            self._executor.join(timeout=LAST_BATCH_S)
+            ended = not self._executor.is_alive()
         if self._server is not None:
             self._server.close()
         self._server = self._executor = None
+        return ended
 
     def _make_server(self, plan: WorkerPlan) -> LinkServer:
         row_bytes = sum(spec.row_bytes for spec in plan.inputs)
@@ -167,10 +180,10 @@ class Worker:
             LiveInstance(one.id, one.member, one.digest, one.predictor.batch_size, one.latency_s)
             for one in self.running()
         )
-        credits = max(1, CREDITS // max(1, gateways))
+        granted = max(1, CREDITS // max(1, gateways))
         serial = self.device.kind == "cpu"
         name = self._options.name
-        return State(name, self.generation, live, serial, credits, cache_rows, self.device.device_class)
+        return State(name, self.generation, live, serial, granted, cache_rows, self.device.device_class)
 
     def _device_lost(self, cause: str) -> None:
         _LOG.error("device %s is lost: %s", self.device.name, cause)
@@ -180,7 +193,7 @@ class Worker:
 
     def _drop_unplanned(self, plan: WorkerPlan) -> None:
         digests = {source.name: source.digest for source in plan.members}
-        wanted = {(digests[instance.member], instance.batch_size) for instance in plan.instances}
+        wanted = {(one.member, digests[one.member], one.batch_size) for one in plan.instances}
         gone = [key for key in self._placed if key not in wanted]
         for key in gone:
             placed = self._placed.pop(key)
@@ -194,7 +207,7 @@ class Worker:
         missing = []
         for instance in plan.instances:
             source = sources[instance.member]
-            key = (source.digest, instance.batch_size)
+            key = (source.name, source.digest, instance.batch_size)
             placed = self._placed.get(key)
             if placed is None or placed.running is None:
                 placed = self._placed[key] = Placed(source, instance.batch_size)
@@ -211,9 +224,13 @@ class Worker:
             )
             placed.state = "loading"
             model, latency_s = await asyncio.to_thread(self._load_and_time, plan, placed, path)
+        except DeviceLost as error:
+            placed.state, placed.error = "failed", str(error)
+            self._device_lost(str(error))
+            return
         except WorkerError as error:
             placed.state, placed.error = "failed", str(error)
-            _LOG.error("%s", error)  # noqa: TRY400  # the message says it all
+            _LOG.error("%s", error)  # the message says it all
             return
         except Exception as error:
             placed.state, placed.error = "failed", f"member {source.name!r} ({source.uri}): {error}"
@@ -242,10 +259,13 @@ class Worker:
         folder: Path | None = self._options.state_dir
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         draft = folder / f"{PLAN_FILE}.new"
-        draft.write_bytes(encode_plan(plan))
-        draft.replace(folder / PLAN_FILE)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            draft.write_bytes(encode_plan(plan))
+            draft.replace(folder / PLAN_FILE)
+        except OSError as error:
+            _LOG.warning("the plan is not kept for a restart: %s", error)
 
 
 def newest_plan(files: Sequence[Path | None]) -> WorkerPlan | None:
@@ -283,17 +303,22 @@ async def serve(options: argparse.Namespace, device: devices.Device) -> int:
         for wait in waits:
             wait.cancel()
     finally:
-        worker.close()
+        ended = worker.close()
         await admin.cleanup()
-    return EXIT_DEVICE_LOST if lost.is_set() else 0
+    code = EXIT_DEVICE_LOST if lost.is_set() else 0
+    if not ended:
+        # Python waits for threads, and this one may be in a download, in torch or in a driver for minutes.
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 def main(arguments: list[str]) -> int:
     """`python -m ensemble_worker serve`: the exit code is 0 after SIGTERM, 6 for an address, 70 for a lost device."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     die_with_parent(options.parent_pid)
     logging.basicConfig(level=options.log_level, format=f"%(asctime)s %(levelname)s {options.name} %(message)s")
-    device = _device(options)
+    device = device_of(options)
     if device.kind == "cpu":
         predictor.prepare_cpu(device.cores, pin=options.pin)
     try:
@@ -303,40 +328,10 @@ def main(arguments: list[str]) -> int:
         return EXIT_ADDRESS
 
 
-def _device(options: argparse.Namespace) -> devices.Device:
-    """The device by its name: CPU partitions are what the arguments say, GPUs are looked up.
-
-    Raises DeviceUnavailable.
-    """
-    kind, _, index = options.device.partition("-")
-    if kind == "cpu":
-        cores = tuple(int(core) for core in options.cores.split(",") if core) or tuple(sorted(os.sched_getaffinity(0)))
-        return devices.cpu_device(int(index or 0), cores, devices.free_memory_bytes())
-    return devices.find(options.device, devices.discover())
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ensemble_worker serve", description="The worker of one device.")
-    parser.add_argument("--name", required=True, help="the worker's name in plans")
-    parser.add_argument("--device", required=True, help="cpu-N or cuda-N")
-    parser.add_argument("--cores", default="", help="the CPU partition's cores, such as 0,1")
-    parser.add_argument("--pin", action="store_true", help="keep threads on these cores")
-    parser.add_argument("--admin", required=True, metavar="ADDRESS", help="admin API: unix:PATH or tcp://HOST:PORT")
-    parser.add_argument("--data", required=True, metavar="ADDRESS", help="for gateways: unix:PATH or tcp://HOST:PORT")
-    parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache/ensemble-operator/models")
-    parser.add_argument("--state-dir", type=Path, help="where the plan is kept for a restart")
-    parser.add_argument("--plan", type=Path, help="a WorkerPlan to start with, a JSON file")
-    parser.add_argument("--keys", type=Path, help="folder of CURVE keys for a tcp:// data address")
-    parser.add_argument("--parent-pid", type=int, default=0, help="end when this process is gone")
-    parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
-    return parser
-
-
 def _site(runner: web.AppRunner, address: str) -> web.BaseSite:
     scheme, _, rest = address.partition(":")
     if scheme == "unix":
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(rest)
+        Path(rest).unlink(missing_ok=True)
         return web.UnixSite(runner, rest)
     host, _, port = rest.removeprefix("//").rpartition(":")
     return web.TCPSite(runner, host, int(port))

@@ -1,8 +1,9 @@
 """`python -m ensemble_worker measure`: what one member costs on one device, measured alone in this fresh process.
 
-Prints a JSON object a line as results come: first the signature, the load and the weights, then one for each batch
-size, in ascending order, until the budget is spent. Memory is what the instance adds to an idle worker with torch,
-and the process is capped, so that measuring never takes memory from what serves.
+Prints a JSON object a line as results come: how a download goes on, then the signature, the load and the weights, then
+one for each batch size, in ascending order, for as long as a larger one may be worth its time. The model is loaded
+once. Memory is what the instance adds to an idle worker with torch, and the process is capped, so that measuring never
+takes memory from what serves.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ import psutil
 import torch
 
 from ensemble_contract.errors import ContractError
+from ensemble_contract.orphan import die_with_parent
 from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import FLOATING, TensorSpec, fp32_to_bf16
 from ensemble_worker import devices, predictor, signature, storage
+from ensemble_worker.chosen_forms import ChosenForms
 from ensemble_worker.devices import Device
 from ensemble_worker.errors import DeviceUnavailable, InvalidArchive, InvalidModel, ModelError, WorkerError
 from ensemble_worker.signature import Signature
@@ -37,9 +40,15 @@ SHARE_OF_FREE_MEMORY = 0.8
 # Threads' stacks and allocators' arenas take more than they fill.
 ALLOCATOR_SLACK_BYTES = 64 << 20
 MIN_RUNS, MAX_RUNS = 3, 1000
-SIZE_S = 0.5
+SIZE_S = 0.25
+# A larger batch that is not quick to measure is tried only while the last one brought so much more.
+WORTHWHILE_GAIN = 1.02
+PROGRESS_PERIOD_S = 0.25
 SEED = 3
 USAGE_EXIT = 1
+
+
+Say = Callable[[dict[str, Any]], None]
 
 
 class Subject(msgspec.Struct, frozen=True, rename="camel"):
@@ -119,6 +128,7 @@ def main(argv: list[str]) -> int:
     """Measure and print; 0 if there are results, among them errors of the model, 1 if the question was wrong."""
     try:
         options = _parser().parse_args(argv)
+        die_with_parent(options.parent_pid)
         subject = _read_subject(options.spec)
         device = _device(options.device, options.cores)
     except SystemExit as stop:
@@ -126,44 +136,78 @@ def main(argv: list[str]) -> int:
     except (OSError, ContractError, msgspec.DecodeError, WorkerError) as error:
         sys.stderr.write(f"measure: {error}\n")
         return USAGE_EXIT
-    for line in measure(subject, device, options.sizes, options.budget_s, options.memory_limit, options.cache_dir):
-        sys.stdout.write(json.dumps(line) + "\n")
-        sys.stdout.flush()
+    try:
+        measure(subject, device, options.sizes, options.budget_s, options.memory_limit, options.cache_dir, _print_line)
+    except ModelError as error:
+        _print_line({"error": str(error), "kind": error.kind})
     return 0
 
 
-def measure(
-    subject: Subject, device: Device, sizes: list[int], budget_s: float, memory_limit: int | None, cache_dir: Path
-) -> Iterator[dict[str, Any]]:
-    """The lines that `measure` prints. The first batch size is measured even if the budget is spent by then.
+def _print_line(line: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
 
-    Changes this process: its number of threads and its limit of memory. The model is loaded once beforehand, for
-    torch keeps what it needs for the first model of a format (about 100 MiB), and a worker pays for that once, not
-    for each member.
+
+def measure(
+    subject: Subject,
+    device: Device,
+    sizes: Sequence[int],
+    budget_s: float,
+    memory_limit: int | None,
+    cache_dir: Path,
+    say: Say,
+) -> None:
+    """Say the lines that `measure` prints. The first batch size is measured even if the budget is spent by then.
+
+    `budget_s` is for the batches, once the model is loaded. Changes this process: its number of threads and its limit
+    of memory. Raises ModelError if the member cannot be loaded, or does not run at its smallest batch size.
     """
-    deadline = time.monotonic() + budget_s
     meter = _prepare(device, memory_limit)
-    size, first = 0, True
-    try:
-        path = storage.fetch(subject.member, cache_dir, storage.log_progress(subject.member.name))
-        told = _told(path, subject.member)
-        inputs, outputs = _tensors(subject, told)
-        ascending = sorted(set(sizes)) if told.fixed_batch is None else [told.fixed_batch]
-        predictor.load(path, subject.member, inputs, outputs, device, ascending[0])
-        meter.restart()
-        for size in ascending:
-            before = time.monotonic()
-            loaded = predictor.load(path, subject.member, inputs, outputs, device, size)
-            load_s = time.monotonic() - before
-            if first:
-                yield _first_line(told, device, load_s, meter)
-            yield _measure_size(loaded, inputs, size, meter).as_json()
-            first = False
-            del loaded
-            if time.monotonic() + load_s > deadline:
-                return
-    except ModelError as error:
-        yield {"error": str(error), "kind": error.kind, **({"batchSize": size} if size else {})}
+    path = storage.fetch(subject.member, cache_dir, _saying_progress(say))
+    told = _told(path, subject.member)
+    inputs, outputs = _tensors(subject, told)
+    ascending = sorted(set(sizes)) if told.fixed_batch is None else [told.fixed_batch]
+    predictor.rehearse(subject.member.format)
+    meter.restart()
+    before = time.monotonic()
+    model = predictor.read(path, subject.member, inputs, outputs, device, ascending[0])
+    loaded = model.at(ascending[0])
+    say(_first_line(told, device, time.monotonic() - before, meter))
+    ChosenForms(cache_dir).keep(subject.member, device, model.form)
+    deadline = time.monotonic() + budget_s
+    found = [_measure_size(loaded, inputs, ascending[0], meter)]
+    say(found[0].as_json())
+    for size in ascending[1:]:
+        if not _is_worthwhile(found, size, deadline - time.monotonic()):
+            return
+        try:
+            found.append(_measure_size(model.at(size), inputs, size, meter))
+        except ModelError as error:
+            say({"error": str(error), "kind": error.kind, "batchSize": size})
+            return
+        say(found[-1].as_json())
+
+
+def _is_worthwhile(found: Sequence[Measurement], size: int, left_s: float) -> bool:
+    """Whether to measure a larger batch: quick ones while there is time, others while larger ones bring more.
+
+    Its time is that of the last one, row for row, for a warm-up and the fewest runs.
+    """
+    last = found[-1]
+    expected_s = (1 + MIN_RUNS) * size / last.rows_per_s
+    if expected_s > left_s:
+        return False
+    best_before = max((one.rows_per_s for one in found[:-1]), default=0.0)
+    return expected_s < SIZE_S or last.rows_per_s > WORTHWHILE_GAIN * best_before
+
+
+def _saying_progress(say: Say) -> storage.Progress:
+    """Lines of how a download goes on, a few a second."""
+
+    def report(done: int, total: int | None) -> None:
+        say({"downloadedBytes": done, "totalBytes": total})
+
+    return storage.at_most_every(PROGRESS_PERIOD_S, report)
 
 
 def _first_line(told: Signature, device: Device, load_s: float, meter: Meter) -> dict[str, Any]:
@@ -178,7 +222,7 @@ def _first_line(told: Signature, device: Device, load_s: float, meter: Meter) ->
 
 
 def _measure_size(loaded: predictor.Predictor, inputs: tuple[TensorSpec, ...], size: int, meter: Meter) -> Measurement:
-    """Repeat batches for half a second, at least three times; the median says how long one takes."""
+    """Repeat batches for a quarter of a second, at least three times; the median says how long one takes."""
     meter.reset_peak()
     rows = _rows(inputs, size)
     latencies: list[float] = []
@@ -292,11 +336,14 @@ def _parser() -> argparse.ArgumentParser:
         "--spec", required=True, metavar="FILE|-", help='JSON: {"member": ..., "inputs": ..., "outputs": ...}'
     )
     parser.add_argument("--sizes", type=_sizes, default=[1], metavar="N,N", help="batch sizes in rows")
-    parser.add_argument("--budget-s", type=float, default=30.0, help="start no further batch size after this time")
+    parser.add_argument(
+        "--budget-s", type=float, default=30.0, help="for all batch sizes together, once the model is loaded"
+    )
     parser.add_argument(
         "--memory-limit", type=int, metavar="BYTES", help="what measuring may take (default: 80 %% of what is free)"
     )
     parser.add_argument(
         "--cache-dir", type=Path, default=storage.default_cache_dir(), help="where remote models are kept"
     )
+    parser.add_argument("--parent-pid", type=int, default=0, help="end when this process is gone")
     return parser

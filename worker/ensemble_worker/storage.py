@@ -83,18 +83,26 @@ def local_path(uri: str) -> Path | None:
 
 def log_progress(name: str) -> Progress:
     """A progress callback that writes a line to the log every few seconds and one at the end."""
-    last = time.monotonic()
 
     def report(done: int, total: int | None) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < LOG_EVERY_S and done != total:
-            return
-        last = now
         share = f" of {total / 2**20:.1f} MiB ({100 * done // max(1, total)} %)" if total is not None else ""
         log.info("%s: downloaded %.1f MiB%s", name, done / 2**20, share)
 
-    return report
+    return at_most_every(LOG_EVERY_S, report)
+
+
+def at_most_every(period_s: float, report: Progress) -> Progress:
+    """`report`, called when so much time has passed since the last call, and at the end."""
+    last = time.monotonic()
+
+    def sometimes(done: int, total: int | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= period_s or done == total:
+            last = now
+            report(done, total)
+
+    return sometimes
 
 
 class _Refused(Exception):

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from ensemble_contract.tensors import TensorSpec
+from ensemble_contract.wire import RowRanges
 from ensemble_worker.backends.fitting import Fitted
 from ensemble_worker.backends.tensors import DTYPES, activated, importer
 from ensemble_worker.errors import DeviceLost
+from ensemble_worker.gather import slots_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -43,6 +45,7 @@ class DeviceRows:
     """Rows on a GPU in slots: uploaded once through pinned memory, read by the streams of all co-located members."""
 
     def __init__(self, device: torch.device, inputs: Sequence[TensorSpec], slots: int) -> None:
+        self.slots = slots
         self._device = device
         self._inputs = list(inputs)
         self._imports = [importer(spec) for spec in inputs]
@@ -53,17 +56,16 @@ class DeviceRows:
         self._staging: list[torch.Tensor] = []
         self._staging_rows = 0
 
-    def put(self, slots: Array, arrays: Sequence[Array]) -> None:
-        """Upload row i of each input into slot `slots[i]`. Returns when the arrays may be reused. Raises DeviceLost."""
-        rows = len(slots)
+    def put(self, ranges: RowRanges, arrays: Sequence[Array]) -> None:
+        """Upload rows of each input into these slots. Returns when the arrays may be reused. Raises DeviceLost."""
+        rows = ranges.rows
         with self._lock, torch.inference_mode():
             try:
                 # The staging buffers are free once the upload before has left them.
                 self._uploaded.synchronize()
                 self._grow_staging(rows)
                 with torch.cuda.stream(self._stream):
-                    places = torch.from_numpy(np.ascontiguousarray(slots, np.int64)).pin_memory()
-                    places = places.to(self._device, non_blocking=True)
+                    places = self._places(ranges)
                     for held, staging, make, array in zip(
                         self._held, self._staging, self._imports, arrays, strict=True
                     ):
@@ -73,16 +75,19 @@ class DeviceRows:
             except RuntimeError as error:
                 raise as_lost(error, self._device) from error
 
-    def gather(self, slots: Array) -> list[torch.Tensor]:
-        """The rows of `slots` on the current stream, which waits for the last upload. Raises DeviceLost."""
+    def gather(self, ranges: RowRanges) -> list[torch.Tensor]:
+        """The rows of these slots on the current stream, which waits for the last upload. Raises DeviceLost."""
         with torch.inference_mode():
             try:
                 torch.cuda.current_stream(self._device).wait_event(self._uploaded)
-                places = torch.from_numpy(np.ascontiguousarray(slots, np.int64)).pin_memory()
-                places = places.to(self._device, non_blocking=True)
+                places = self._places(ranges)
                 return [held.index_select(0, places) for held in self._held]
             except RuntimeError as error:
                 raise as_lost(error, self._device) from error
+
+    def _places(self, ranges: RowRanges) -> torch.Tensor:
+        """The slots as an index on the device."""
+        return torch.from_numpy(slots_of(ranges)).pin_memory().to(self._device, non_blocking=True)
 
     def _grow_staging(self, rows: int) -> None:
         if rows > self._staging_rows:

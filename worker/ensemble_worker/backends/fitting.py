@@ -20,8 +20,10 @@ from ensemble_worker.signature import Signature
 log = logging.getLogger(__name__)
 
 SEED = 11
-OTHER_ROWS = (1, 3)
-TIMED_TRIAL_S = 0.03
+FEW_ROWS = 3
+# Of the longer batch on which forms are timed: as many rows as take about so long, up to so many.
+TIMED_TRIAL_S = 0.02
+TIMED_ROWS = 64
 
 Unpack = Callable[[Any], Sequence[torch.Tensor]]
 Rows = list[torch.Tensor]
@@ -33,7 +35,8 @@ class Fitted:
 
     Its input i is the declared input `input_order[i]`; the declared output j is its output `output_order[j]`.
     `modifies_inputs`: it writes into its inputs, so it must get copies. `shares_inputs`: an output may lie in an input.
-    `trial` holds random rows, in the model's order, on the host.
+    `trial` holds a few random rows, in the model's order, on the host. `max_batch` is the most that the model takes, if
+    it says so.
     """
 
     call: Call
@@ -42,54 +45,67 @@ class Fitted:
     input_order: tuple[int, ...]
     output_order: tuple[int, ...]
     fixed_batch: int | None
+    max_batch: int | None
     modifies_inputs: bool
     shares_inputs: bool
     on_host: bool
     trial: tuple[torch.Tensor, ...]
 
+    def rows(self, count: int) -> list[torch.Tensor]:
+        """So many rows like those of `trial`."""
+        return _resized(self.trial, count)
+
 
 def fit(
-    loaded: Loaded, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], device: torch.device, batch_size: int
+    loaded: Loaded,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    device: torch.device,
+    batch_size: int,
+    preferred_form: str = "",
 ) -> Fitted:
-    """Run the model on random rows, compare its outputs with the declared ones, and choose its quickest form.
+    """Run the model on a few random rows, compare its outputs with the declared ones, and choose its quickest form.
 
-    Raises InvalidModel naming the input or output that differs, or the batch size that the model does not take.
+    Where the file does not say that it takes any number of rows, it must take `batch_size`. Raises InvalidModel naming
+    the input or output that differs, or the batch size that the model does not take.
     """
     told = loaded.signature
-    check_batch(told, batch_size)
+    check_batch(told.fixed_batch, told.max_batch, batch_size)
     input_order = match("input", inputs, told.inputs)
     output_order = match("output", outputs, told.outputs)
     ordered = [inputs[i] for i in input_order]
-    rows = told.fixed_batch or batch_size
-    trial, result = _first_run(loaded.call, ordered, rows, device)
+    few = min(FEW_ROWS, told.max_batch or FEW_ROWS)
+    rows = told.fixed_batch or (few if told.dynamic_batch else batch_size)
+    trial, given, result = _first_run(loaded.call, ordered, rows, device)
     unpack = unpacker(result, [output.name for output in outputs])
-    given = [t.clone() for t in trial]
-    results = unpack(loaded.call(*given))
+    results = unpack(result)
     modifies = not all(torch.equal(a, b) for a, b in zip(given, trial, strict=True))
     shares = any(shares_memory(y, x) for y in results for x in given)
     check_outputs(results, outputs, output_order, rows)
     fixed = told.fixed_batch
-    if fixed is None and not _takes_other_rows(loaded.call, unpack, trial, outputs, output_order):
+    others = [other for other in (1, few) if other != rows]
+    if fixed is None and not _takes_other_rows(loaded.call, unpack, trial, outputs, output_order, others):
         if told.dynamic_batch:
-            raise InvalidModel(
-                f"takes {rows} rows but not {OTHER_ROWS}: its batch is not dynamic, as its file says it is"
-            )
+            raise InvalidModel(f"takes {rows} rows but not {others}: its batch is not dynamic, as its file says it is")
         fixed = rows
         log.info("it takes batches of exactly %d rows: smaller ones are padded", rows)
     name, call = loaded.name, loaded.call
     if loaded.forms and not modifies:
-        trials = [trial] if fixed else _trials(loaded.call, trial)
-        name, call = forms.choose(loaded.call, loaded.forms, trials, unpack)
+        trials = [trial] if fixed else _trials(loaded.call, trial, told.max_batch or TIMED_ROWS, few)
+        timed = max(1, len(trials) - 1)
+        name, call = forms.choose(loaded.call, loaded.forms, trials, unpack, timed, preferred_form)
     host = tuple(t.cpu() for t in trial)
-    return Fitted(call, name, unpack, input_order, output_order, fixed, modifies, shares, loaded.on_host, host)
+    return Fitted(
+        call, name, unpack, input_order, output_order, fixed, told.max_batch, modifies, shares, loaded.on_host, host
+    )
 
 
-def check_batch(told: Signature, batch_size: int) -> None:
-    """Raises InvalidModel if the model does not take `batch_size` rows, or as many filled up to its fixed batch."""
-    if told.fixed_batch is not None and batch_size > told.fixed_batch:
-        raise InvalidModel(f"was exported for batches of {told.fixed_batch} rows: {batch_size} are too many")
-    if told.max_batch is not None and batch_size > told.max_batch:
-        raise InvalidModel(f"was exported for batches of up to {told.max_batch} rows: {batch_size} are too many")
+def check_batch(fixed_batch: int | None, max_batch: int | None, batch_size: int) -> None:
+    """Raises InvalidModel if a model does not take `batch_size` rows, or as many filled up to its fixed batch."""
+    if fixed_batch is not None and batch_size > fixed_batch:
+        raise InvalidModel(f"was exported for batches of {fixed_batch} rows: {batch_size} are too many")
+    if max_batch is not None and batch_size > max_batch:
+        raise InvalidModel(f"was exported for batches of up to {max_batch} rows: {batch_size} are too many")
 
 
 def match(kind: str, declared: Sequence[TensorSpec], told: Sequence[TensorSpec] | None) -> tuple[int, ...]:
@@ -133,20 +149,28 @@ def _names(specs: Sequence[TensorSpec]) -> str:
     return ", ".join(spec.name for spec in specs)
 
 
-def _first_run(call: Call, specs: Sequence[TensorSpec], rows: int, device: torch.device) -> tuple[Rows, Any]:
-    """Rows that the model takes and what it gives for them; of small numbers, if others fall out of its tables."""
-    trial = [t.to(device) for t in trial_inputs(specs, rows, SEED, small=False)]
+def _first_run(call: Call, specs: Sequence[TensorSpec], rows: int, device: torch.device) -> tuple[Rows, Rows, Any]:
+    """Rows that the model takes, the copies it was given, and what it gave; small numbers, if others leave its tables."""
     try:
-        return trial, call(*[t.clone() for t in trial])
+        return _run(call, [t.to(device) for t in trial_inputs(specs, rows, SEED, small=False)])
     except IndexError:
-        trial = [t.to(device) for t in trial_inputs(specs, rows, SEED, small=True)]
-        return trial, call(*[t.clone() for t in trial])
+        return _run(call, [t.to(device) for t in trial_inputs(specs, rows, SEED, small=True)])
+
+
+def _run(call: Call, trial: Rows) -> tuple[Rows, Rows, Any]:
+    given = [t.clone() for t in trial]
+    return trial, given, call(*given)
 
 
 def _takes_other_rows(
-    call: Call, unpack: Unpack, trial: Rows, outputs: Sequence[TensorSpec], order: Sequence[int]
+    call: Call,
+    unpack: Unpack,
+    trial: Rows,
+    outputs: Sequence[TensorSpec],
+    order: Sequence[int],
+    others: Sequence[int],
 ) -> bool:
-    for rows in OTHER_ROWS:
+    for rows in others:
         try:
             check_outputs(unpack(call(*_resized(trial, rows))), outputs, order, rows)
         except (InvalidModel, RuntimeError, IndexError):
@@ -154,16 +178,16 @@ def _takes_other_rows(
     return True
 
 
-def _trials(call: Call, trial: Rows) -> list[Rows]:
-    """The batches to time (the planned one, or as many of its rows as take about 30 ms; one row), then another."""
+def _trials(call: Call, trial: Rows, most_rows: int, few: int) -> list[Rows]:
+    """The batches to time (as many rows as take about 20 ms, whatever batch is planned, and one row), then a last one."""
     one = _resized(trial, 1)
     call(*one)
     started = time.perf_counter()
     call(*one)
-    rows = max(1, min(len(trial[0]), round(TIMED_TRIAL_S / (time.perf_counter() - started))))
-    return [_resized(trial, n) for n in dict.fromkeys((rows, *OTHER_ROWS))]
+    rows = max(1, min(most_rows, TIMED_ROWS, round(TIMED_TRIAL_S / (time.perf_counter() - started))))
+    return [*(_resized(trial, n) for n in dict.fromkeys((rows, 1))), _resized(trial, few)]
 
 
-def _resized(trial: Rows, rows: int) -> Rows:
+def _resized(trial: Sequence[torch.Tensor], rows: int) -> Rows:
     """Copies of the first rows, repeated if there are fewer."""
     return [t.repeat(-(-rows // len(t)), *[1] * (t.dim() - 1))[:rows].contiguous() for t in trial]

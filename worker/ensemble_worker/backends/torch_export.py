@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.export.passes import move_to_device_pass
 from torch.fx.graph import CodeGen
 
-from ensemble_worker.backends import forms
+from ensemble_worker.backends import export_graph, forms
 from ensemble_worker.backends.loaded import Form, Loaded
 from ensemble_worker.errors import InvalidArchive
-from ensemble_worker.inspect_export import inspect_export
-from ensemble_worker.signature import of_export
+from ensemble_worker.inspect_export import InspectedExport, inspect_export
+from ensemble_worker.signature import Signature, of_export
+
+log = logging.getLogger(__name__)
 
 
 def load(path: Path, device: torch.device) -> Loaded:
@@ -26,6 +29,18 @@ def load(path: Path, device: torch.device) -> Loaded:
     inspected = inspect_export(path)
     signature = of_export(inspected.program)
     try:
+        graph = export_graph.read(inspected, device)
+    except export_graph.NotCovered as cause:
+        log.info("%s is read by torch.export.load: %s", path, cause)
+        graph = _read_by_torch(inspected, device)
+    return Loaded(graph, signature, forms=_forms(graph, signature, device))
+
+
+def _read_by_torch(inspected: InspectedExport, device: torch.device) -> torch.fx.GraphModule:
+    """The same by torch.export.load, for the few programs that need all of it; it imports torch's compiler."""
+    from torch.export.passes import move_to_device_pass
+
+    try:
         with inspected.view() as view:
             exported = torch.export.load(view)  # type: ignore[arg-type]  # any readable, seekable stream will do
     except torch.OutOfMemoryError:
@@ -34,8 +49,7 @@ def load(path: Path, device: torch.device) -> Loaded:
         raise InvalidArchive(f"torch {torch.__version__} cannot read it: {error or type(error).__name__}") from error
     if device.type != "cpu":
         exported = move_to_device_pass(exported, device)
-    graph = _flat(exported.module(check_guards=False))
-    return Loaded(graph, signature, forms=_forms(graph, device))
+    return _flat(exported.module(check_guards=False))
 
 
 def _flat(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -44,10 +58,13 @@ def _flat(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(module, module.graph)
 
 
-def _forms(graph: torch.fx.GraphModule, device: torch.device) -> tuple[Form, ...]:
-    found = forms.compiled(lambda: _scripted(graph, channels_last=False), device)
+def _forms(graph: torch.fx.GraphModule, signature: Signature, device: torch.device) -> tuple[Form, ...]:
+    found = forms.compiled(lambda: _scripted(graph), device)
     if device.type == "cpu" and _has_convolutions(graph):
-        found += (forms.channels_last(lambda: _scripted(graph, channels_last=True)),)
+        images = tuple(
+            len(spec.shape) == 3 and spec.datatype.startswith(("FP", "BF")) for spec in signature.inputs or ()
+        )
+        found += (forms.channels_last(functools.partial(_scripted, graph, images)),)
     return found
 
 
@@ -55,13 +72,19 @@ def _has_convolutions(graph: torch.fx.GraphModule) -> bool:
     return any("conv" in str(node.target) for node in graph.graph.nodes if node.op == "call_function")
 
 
-def _scripted(graph: torch.fx.GraphModule, *, channels_last: bool) -> torch.jit.ScriptModule:
-    """The graph as TorchScript, which keeps symbolic sizes (tracing would freeze them)."""
+def _scripted(graph: torch.fx.GraphModule, images: tuple[bool, ...] | None = None) -> torch.jit.ScriptModule:
+    """The graph as TorchScript, which keeps symbolic sizes (tracing would freeze them).
+
+    `images` says which inputs are put in channels-last order, and that the weights are; None leaves all as it is.
+    """
+    channels_last = images is not None
     module = copy.deepcopy(graph) if channels_last else torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node in list(module.graph.nodes):
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             _use_scriptable_target(node)
-        elif channels_last and node.op == "placeholder":
+    for node, image in zip(inputs, images or (), strict=False):
+        if image:
             _reorder_images(module.graph, node)
     module.recompile()
     if channels_last:
@@ -82,9 +105,7 @@ def _use_scriptable_target(node: torch.fx.Node) -> None:
 
 
 def _reorder_images(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-    """Put the four-dimensional inputs into the layout of the weights."""
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor) and value.dim() == 4 and value.is_floating_point():
-        with graph.inserting_after(node):
-            reordered = graph.call_function(torch.ops.aten.contiguous, (node,), {"memory_format": torch.channels_last})
-        node.replace_all_uses_with(reordered, delete_user_cb=lambda user: user is not reordered)
+    """Put an input into the layout of the weights."""
+    with graph.inserting_after(node):
+        reordered = graph.call_function(torch.ops.aten.contiguous, (node,), {"memory_format": torch.channels_last})
+    node.replace_all_uses_with(reordered, delete_user_cb=lambda user: user is not reordered)

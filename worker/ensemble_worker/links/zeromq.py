@@ -230,8 +230,10 @@ class ZeroMQPeer:
             raise ProtocolError(str(error)) from error
         self.rows.put(message.cache, arrays)
 
-    def answer(self, run: wire.Run, outputs: Sequence[Array], compute_ns: int, queue_ns: int) -> None:
-        """Send a batch's outputs, one frame each."""
+    def answer(
+        self, run: wire.Run, outputs: Sequence[Array], compute_ns: int, queue_ns: int, follows: bool = False
+    ) -> None:
+        """Send a batch's outputs, one frame each; ZeroMQ's I/O thread joins what `follows` by itself."""
         tensors = [output.reshape(-1).view(np.uint8).data for output in outputs]
         self._server.send([self._identity, wire.encode_result(run.batch, compute_ns, queue_ns), *tensors])
 

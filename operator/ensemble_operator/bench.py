@@ -1,0 +1,97 @@
+"""`ensemble bench`: a load on a running server, or on an ensemble served on this machine for as long as it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from ensemble_operator import local
+from ensemble_operator.allocation.throughput import rows_per_s
+from ensemble_operator.bar import Bar
+from ensemble_operator.bench_target import Target, TargetUnusable, find_target
+from ensemble_operator.exits import describe
+from ensemble_operator.live import Screen
+from ensemble_operator.loads import Line, Load, Result
+from ensemble_operator.preparation import ServeOptions, prepare
+from ensemble_operator.processes import run_once
+from ensemble_operator.runtime_folder import runtime_folder
+
+GENERATOR = (sys.executable, "-m", "ensemble_operator.loadgen")
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What was asked for and what came of it; `predicted_rows_per_s` is the plan's, where there is one."""
+
+    target: Target
+    load: Load
+    result: Result
+    predicted_rows_per_s: float | None
+
+
+async def bench_url(url: str, model: str | None, load_on: Callable[[Target], Load]) -> Bench:
+    """Put a load on a running server.
+
+    Raises TargetUnusable.
+    """
+    target = await find_target(url, model)
+    load = load_on(target)
+    return Bench(target, load, await put(load), None)
+
+
+async def bench_file(options: ServeOptions, model: str | None, load_on: Callable[[Target], Load]) -> Bench:
+    """Serve an ensemble as `ensemble serve` does, put a load on it, and end it.
+
+    Raises TargetUnusable, and what `ensemble serve` does.
+    """
+    async with _served(options, Screen()) as (url, predicted):
+        found = await bench_url(url, model, load_on)
+    # Of a member alone the plan says nothing.
+    return Bench(found.target, found.load, found.result, None if model else predicted)
+
+
+async def put(load: Load) -> Result:
+    """Put a load on a server from a process of its own, with a progress bar.
+
+    Raises TargetUnusable if no load is possible.
+    """
+    found: list[Result] = []
+    total_s = load.warmup_s + load.duration_s
+    with Bar(total_s, "starting the load") as bar:
+
+        def told(text: str) -> None:
+            line = msgspec.json.decode(text, type=Line)
+            if line.result is not None:
+                found.append(line.result)
+            if line.progress is not None:
+                failed = f", {line.progress.failures:,} failed" if line.progress.failures else ""
+                bar.at(line.progress.elapsed_s, f"{line.progress.rows_per_s:,.0f} rows/s{failed}")
+
+        answer = await run_once((*GENERATOR, str(os.getpid())), told, stdin=msgspec.json.encode(load))
+    if not found:
+        words = answer.errors[-1] if answer.errors else "no last words"
+        raise TargetUnusable(f"the load generator {describe(answer.code)}: {words}")
+    if found[0].refused:
+        raise TargetUnusable(f"model {load.model!r} at {load.host}:{load.port}: {found[0].refused}")
+    return found[0]
+
+
+@contextlib.asynccontextmanager
+async def _served(options: ServeOptions, screen: Screen) -> AsyncIterator[tuple[str, float]]:
+    """The URL of the ensemble and the rows/s that its plan promises, while it is served."""
+    planned = await prepare(options, screen)
+    with runtime_folder(options.runtime_base) as folder:
+        deployment = local._deployment(planned, options, folder, screen)
+        try:
+            deployment.start()
+            state, _ = await local._until_settled(deployment, planned, screen)
+            screen.hide()
+            model = f"{state.url}/v2/models/{planned.ensemble.name}"
+            yield model, rows_per_s(planned.problem, planned.matrix)
+        finally:
+            await deployment.stop()

@@ -1,0 +1,98 @@
+"""`ensemble plan FILE`: the allocation matrix, what it is worth, and how far it is from the best possible."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ensemble_operator.commands.arguments import Subparsers
+from ensemble_operator.commands.options import above_zero, add_machine, add_output, cache_folder, duration
+from ensemble_operator.exits import ExitCode
+
+if TYPE_CHECKING:
+    from ensemble_operator.allocation.planner import Plan
+    from ensemble_operator.allocation.problem import Problem
+    from ensemble_operator.live import Screen
+    from ensemble_operator.planning import Question
+
+    Planned = list[tuple[str, Problem, Plan]]
+
+
+def add_to(subparsers: Subparsers) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="find the allocation of an ensemble",
+        description="Plan the InferenceEnsemble in FILE for this machine, measuring what is not known, or for devices "
+        "and with profiles described elsewhere. FILE may also describe a whole cluster.",
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="YAML file with an InferenceEnsemble or a cluster")
+    parser.add_argument("--inventory", type=Path, metavar="FILE", help="the devices to plan for, described")
+    parser.add_argument("--profiles", type=Path, metavar="FILE", help="what members cost: `ensemble profile -o yaml`")
+    add_output(parser, "table", "json", "yaml")
+    parser.add_argument("--explain", action="store_true", help="say why each instance is where it is")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the matrix to a .png, .svg or .pdf file")
+    parser.add_argument("--strategy", choices=("greedy", "greedy-paper", "exact"), help="instead of the resource's")
+    parser.add_argument("--objective", choices=("throughput", "devices"), help="instead of the resource's")
+    parser.add_argument(
+        "--target-throughput", type=above_zero, metavar="ROWS_PER_S", help="to reach with --objective devices"
+    )
+    parser.add_argument("--seed", type=int, help="of the search, instead of the resource's")
+    parser.add_argument("--time-limit", type=duration, metavar="TIME", help="of one exact search, such as 5s")
+    add_machine(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan and show."""
+    import asyncio
+    import time
+
+    from ensemble_operator import matrix_plot, planning
+    from ensemble_operator.allocation.errors import InvalidProblem
+    from ensemble_operator.allocation.planner import plan
+    from ensemble_operator.live import Screen
+
+    if args.plot:
+        matrix_plot.check_plot(args.plot)
+    screen = Screen()
+    sources = planning.Sources(args.file, args.inventory, args.profiles, args.cpu_devices, cache_folder(args))
+    asked = asyncio.run(planning.question(sources, screen.note))
+    try:
+        options = planning.plan_options(asked.planning, args)
+    except InvalidProblem as error:
+        raise planning.with_source(error, str(args.file)) from None
+    found = [(label, problem, plan(problem, options, clock=time.monotonic)) for label, problem in asked.problems]
+    if args.output == "table":
+        _show(screen, asked, found, explain=args.explain)
+    else:
+        _write(args.output, asked, found, explain=args.explain)
+    if args.plot:
+        label, problem, last = found[-1]
+        matrix_plot.plot_matrix(f"{asked.name} on {label}", problem, last, args.plot)
+        screen.note(f"drawn to {args.plot}")
+    return ExitCode.OK
+
+
+def _show(screen: Screen, asked: Question, found: Planned, *, explain: bool) -> None:
+    """The table of a series, if it is one, and the matrix of its last entry."""
+    from ensemble_operator import matrix_table
+    from ensemble_operator.bar import screen_width
+
+    screen.result(f"{asked.name}: {asked.source.strip()}")
+    if len(found) > 1:
+        screen.result("", matrix_table.series_table([(label, plan) for label, _, plan in found]))
+    label, problem, plan = found[-1]
+    screen.result("", label, matrix_table.matrix_table(problem, plan, screen_width()), *matrix_table.summary(plan))
+    if explain:
+        for name, _, explained in found:
+            screen.result("", *([f"{name}:"] if len(found) > 1 else []), explained.explanation.text())
+
+
+def _write(form: str, asked: Question, found: Planned, *, explain: bool) -> None:
+    from ensemble_operator.documents import write
+    from ensemble_operator.matrix_table import plan_document
+
+    plans = [plan_document(label, problem, plan, explain=explain) for label, problem, plan in found]
+    write(form, {"name": asked.name, "source": asked.source.strip(), "plans": plans})

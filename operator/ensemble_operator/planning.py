@@ -1,0 +1,149 @@
+"""What `ensemble plan` decides: the question, from files or from this machine, and how hard to look for the answer."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from ensemble_operator import cluster_file, resource_file
+from ensemble_operator.allocation.errors import InvalidProblem
+from ensemble_operator.allocation.options import PlanOptions
+from ensemble_operator.allocation.problem import Problem
+from ensemble_operator.api import InferenceEnsemble, Planning
+from ensemble_operator.bar import Bar
+from ensemble_operator.cluster_file import Document
+from ensemble_operator.measurements import UNMEASURED_OVERHEAD_BYTES, planning_problem
+from ensemble_operator.measuring import find_devices
+from ensemble_operator.preparation import ModelUnavailable
+from ensemble_operator.profiling import Effort, held_bytes, measured_members
+from ensemble_operator.progress_notes import MemberProgress
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where the question comes from. `inventory` and `profiles` are files of elsewhere, if given."""
+
+    file: Path
+    inventory: Path | None
+    profiles: Path | None
+    cpu_devices: int | None
+    cache_folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is planned: one problem or a series of them, each with the words for its devices."""
+
+    name: str
+    source: str
+    problems: tuple[tuple[str, Problem], ...]
+    planning: Planning | None
+
+
+async def question(sources: Sources, note: Callable[[str], None]) -> Question:
+    """Read the files; find and measure what they leave open.
+
+    Raises ResourceUnreadable, InvalidSpec or InvalidProblem for what is wrong in a file, and ModelUnavailable if a
+    member can be measured on no device.
+    """
+    inventory = cluster_file.section(sources.inventory, "devices") if sources.inventory else None
+    profiles = cluster_file.section(sources.profiles, "profiles") if sources.profiles else None
+    document = _described_document(sources.file)
+    if document is not None:
+        return _described(document, inventory, profiles, sources, None)
+    ensemble = resource_file.load(sources.file)
+    if inventory is None and profiles is None:
+        return await _measured(ensemble, sources, note)
+    if inventory is None:
+        inventory = await _machine(ensemble, sources, profiles)
+    base = cluster_file.ensemble_document(ensemble, str(sources.file), cluster_file.classes_of(inventory))
+    return _described(base, inventory, profiles, sources, ensemble.spec.planning)
+
+
+def plan_options(planning: Planning | None, args: argparse.Namespace) -> PlanOptions:
+    """The resource's fields, and the command line's over them.
+
+    Raises InvalidProblem if they do not go together.
+    """
+    found = PlanOptions()
+    if planning is not None:
+        found = PlanOptions(
+            objective=cast("Literal['throughput', 'devices']", planning.objective),
+            target_rows_per_s=planning.target_throughput,
+            strategy=cast("Literal['greedy', 'greedy-paper', 'exact']", planning.strategy),
+            max_iterations=planning.max_iterations,
+            max_neighbours=planning.max_neighbours,
+            seed=planning.seed,
+        )
+    wanted: dict[str, Any] = {
+        "objective": args.objective,
+        "target_rows_per_s": args.target_throughput,
+        "strategy": args.strategy,
+        "seed": args.seed,
+        "time_limit_s": args.time_limit,
+    }
+    return replace(found, **{name: value for name, value in wanted.items() if value is not None})
+
+
+def _described_document(path: Path) -> Document | None:
+    """The described cluster in a file; None if the file holds an ensemble, or something for its parser to refuse."""
+    try:
+        document = cluster_file.read_document(path)
+    except resource_file.ResourceUnreadable:
+        return None
+    if cluster_file.is_ensemble(document) or not {"devices", "members"} & document.keys():
+        return None
+    return document
+
+
+def _described(
+    base: Document, inventory: Document | None, profiles: Document | None, sources: Sources, planning: Planning | None
+) -> Question:
+    files = [sources.file, *(path for path in (sources.inventory, sources.profiles) if path)]
+    found = cluster_file.composed(base, inventory, profiles, " + ".join(map(str, files)))
+    return Question(found.name, found.source, found.problems, planning)
+
+
+async def _machine(ensemble: InferenceEnsemble, sources: Sources, profiles: Document | None) -> Document:
+    """This machine's devices as an inventory, with the overhead that the profiles tell of their class."""
+    devices = await find_devices(sources.cpu_devices)
+    held = held_bytes(ensemble, devices)
+    entries = cluster_file.device_entries(
+        devices, {d.device_class: UNMEASURED_OVERHEAD_BYTES + held.get(d.kind, 0) for d in devices}
+    )
+    told = (profiles or {}).get("devices")
+    known = {
+        e["class"]: e["overheadMiB"]
+        for e in (told if isinstance(told, list) else [])
+        if isinstance(e, dict) and isinstance(e.get("class"), str) and isinstance(e.get("overheadMiB"), int)
+    }
+    return {"devices": [{**e, "overheadMiB": known.get(e["class"], e["overheadMiB"])} for e in entries]}
+
+
+async def _measured(ensemble: InferenceEnsemble, sources: Sources, note: Callable[[str], None]) -> Question:
+    devices = await find_devices(sources.cpu_devices)
+    spec = ensemble.spec
+    effort = Effort(spec.planning.profile_budget_s, sources.cache_folder)
+    classes = len({d.device_class for d in devices})
+    with Bar(len(spec.members) * classes, f"profiling {ensemble.name}") as bar:
+        progress = MemberProgress(bar, spec.batching.sizes, len(spec.members) * classes)
+        measured = await measured_members(ensemble, devices, effort, progress)
+    for member in spec.members:
+        results = [m for (name, _), m in measured.items() if name == member.name]
+        if not any(m.points for m in results):
+            raise ModelUnavailable(f"member {member.name!r} ({member.model.uri}): {results[0].error}")
+    problem = planning_problem(
+        devices, measured, headroom=spec.devices.memory_headroom, held_bytes=held_bytes(ensemble, devices)
+    )
+    if spec.planning.evaluate == "live":
+        note("evaluate: live runs candidates while serving; here they are scored by the model")
+    label = " + ".join(f"{e['count']} x {e['class']}" for e in cluster_file.device_entries(devices, {}))
+    return Question(ensemble.name, f"measured on this machine: {label}", ((label, problem),), spec.planning)
+
+
+def with_source(error: InvalidProblem, source: str) -> InvalidProblem:
+    """The same fault, naming the file."""
+    return InvalidProblem([f"{source}: {fault}" for fault in error.faults])

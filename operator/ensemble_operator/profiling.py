@@ -1,0 +1,161 @@
+"""Measures every member of an ensemble at every batch size of its spec on every class of this machine's devices.
+
+The budget is shared: what is cached, declared or quick leaves its time to the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ensemble_operator import resource_file
+from ensemble_operator.api import InferenceEnsemble
+from ensemble_operator.bar import Bar
+from ensemble_operator.measurements import Device, Measurement, declared
+from ensemble_operator.measuring import Measurer, Task, find_devices
+from ensemble_operator.plans import model_source
+from ensemble_operator.preparation import ROW_CACHE_BYTES
+from ensemble_operator.progress_notes import MemberProgress
+
+Measured = Mapping[tuple[str, str], Measurement]
+
+
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """An ensemble's profiles by (member, device class); `runs` counts those that were not known before."""
+
+    ensemble: InferenceEnsemble
+    devices: tuple[Device, ...]
+    measured: Measured
+    runs: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Seconds to spend on measuring, all members together, and where models and profiles are kept."""
+
+    budget_s: float
+    cache_folder: Path
+
+
+async def profile(
+    file: Path, cpu_devices: int | None, budget_s: float | None, cache_folder: Path, *, force: bool
+) -> Profiled:
+    """Profile the ensemble in a file, within its own budget if none is given, with a progress bar.
+
+    With `force` nothing known is believed, and replaced when all is measured. Raises what is wrong with the resource,
+    or OSError if nothing can be kept.
+    """
+    clock = asyncio.get_running_loop().time
+    started_s = clock()
+    ensemble = resource_file.load(file)
+    devices = await find_devices(cpu_devices)
+    spec = ensemble.spec
+    total = len(spec.members) * len({d.device_class for d in devices})
+    with (
+        Bar(total, f"profiling {ensemble.name}") as bar,
+        _emptied(cache_folder) if force else nullcontext(cache_folder) as folder,
+    ):
+        progress = MemberProgress(bar, spec.batching.sizes, total)
+        effort = Effort(spec.planning.profile_budget_s if budget_s is None else budget_s, folder)
+        measured = await measured_members(ensemble, devices, effort, progress)
+    return Profiled(ensemble, devices, measured, progress.measured, clock() - started_s)
+
+
+async def measured_members(
+    ensemble: InferenceEnsemble,
+    devices: Sequence[Device],
+    effort: Effort,
+    progress: MemberProgress,
+) -> dict[tuple[str, str], Measurement]:
+    """Every member on every class of device, by (member, class): declared where the resource says so, else measured.
+
+    `progress` is told as each comes. A member that cannot be loaded has no points and
+    an error. Raises NotUnderstood if a measuring process does not keep to what was agreed.
+    """
+    tasks = await _tasks(ensemble)
+    by_class: dict[str, list[Device]] = {}
+    for device in devices:
+        by_class.setdefault(device.device_class, []).append(device)
+    pools = [_Pool(alike, len(tasks), effort, progress) for alike in by_class.values()]
+    found: dict[tuple[str, str], Measurement] = {}
+
+    async def one(name: str, task: Task, device_class: str, pool: _Pool) -> None:
+        found[name, device_class] = said = await pool.measure(name, task)
+        progress.finished(name, device_class, said)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for device_class, pool in zip(by_class, pools, strict=True):
+                for member in ensemble.spec.members:
+                    said = declared(member, device_class)
+                    if said.points:
+                        found[member.name, device_class] = said
+                        pool.settled()
+                        progress.finished(member.name, device_class, said)
+                    else:
+                        group.create_task(one(member.name, tasks[member.name], device_class, pool))
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None  # the others were cancelled, or say the same
+    order = [(member.name, device_class) for member in ensemble.spec.members for device_class in by_class]
+    return {key: found[key] for key in order}
+
+
+def held_bytes(ensemble: InferenceEnsemble, devices: Sequence[Device]) -> dict[str, int]:
+    """What rows take on a device of `ensemble serve`, by its kind: on CPUs a share of the row store."""
+    cpus = sum(d.kind == "cpu" for d in devices)
+    return {"cpu": ensemble.spec.batching.max_queue_bytes // max(1, cpus), "cuda": ROW_CACHE_BYTES}
+
+
+class _Pool:
+    """The devices of one class: as many measurements at a time, each with its share of the time that is left."""
+
+    def __init__(self, devices: list[Device], tasks: int, effort: Effort, progress: MemberProgress) -> None:
+        self._measurer = Measurer(devices, effort.cache_folder, progress.report, progress.downloading)
+        self._free = asyncio.Semaphore(len(devices))
+        self._devices, self._open = len(devices), tasks
+        self._deadline = asyncio.get_running_loop().time() + effort.budget_s
+
+    def settled(self) -> None:
+        """One task less will need time."""
+        self._open -= 1
+
+    async def measure(self, name: str, task: Task) -> Measurement:
+        async with self._free:
+            left_s = max(0.0, self._deadline - asyncio.get_running_loop().time())
+            budget_s = left_s / math.ceil(self._open / self._devices)
+            try:
+                found = await self._measurer.measure({name: replace(task, budget_s=budget_s)})
+            finally:
+                self.settled()
+        return next(iter(found.values()))
+
+
+@contextmanager
+def _emptied(cache_folder: Path) -> Iterator[Path]:
+    """A cache with the same models and without profiles; in the end its profiles replace those of the other."""
+    profiles, models = cache_folder / "profiles", cache_folder / "models"
+    for folder in (profiles, models):
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="again-", dir=cache_folder) as name:
+        fresh = Path(name)
+        (fresh / "models").symlink_to(models, target_is_directory=True)
+        yield fresh
+        for path in (fresh / "profiles").glob("*.json"):
+            path.replace(profiles / path.name)
+
+
+async def _tasks(ensemble: InferenceEnsemble) -> dict[str, Task]:
+    spec = ensemble.spec
+    tasks = {}
+    for member in spec.members:
+        resolved = await asyncio.to_thread(resource_file.with_real_digest, member)
+        source, known = model_source(member, resolved), bool(resolved.model.sha256)
+        tasks[member.name] = Task(source, known, spec.inputs, spec.outputs, spec.batching.sizes, 0.0)
+    return tasks

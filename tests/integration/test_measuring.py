@@ -1,0 +1,51 @@
+"""The runner's side of measuring: real measuring processes, a real server to download from, results kept on disk."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ensemble_contract.plan import ModelSource
+from ensemble_operator.downloads import Downloads
+from ensemble_operator.measurements import Device
+from ensemble_operator.measuring import Measurer, Task
+from tests.support import models
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the name is the base class's
+        """Silence."""
+
+
+async def test_a_member_is_downloaded_with_a_line_measured_and_then_known(tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    path = models.export_mlp(tmp_path / "web/m.pt2", seed=1)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path / "web")))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    said: list[str] = []
+    source = ModelSource("cat", "d", f"http://127.0.0.1:{server.server_address[1]}/m.pt2", "torch-export")
+    task = Task(source, True, (), (), (1, 8), 0.5)
+    try:
+        with Downloads(said.append, Console(file=io.StringIO())) as downloads:
+            devices = (Device("cpu-0", "cpu", "K", 1 << 30, (0,)),)
+            measurer = Measurer(devices, tmp_path / "cache", downloads.note, downloads.advance)
+            found = await measurer.measure({"cat": task})
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+    mib = path.stat().st_size / 2**20
+    assert said == ["measuring cat on cpu-0", f"cat: downloaded {mib:.1f} MiB of {mib:.1f} MiB (100 %)"]
+    measured = found["cat", "K"]
+    assert measured.error == ""
+    assert [point.batch_size for point in measured.points] == [1, 8]
+    assert all(point.memory_bytes > 0 and point.rows_per_s > 0 for point in measured.points)
+    assert await measurer.measure({"cat": task}) == found
+    assert len(said) == 2

@@ -1,0 +1,157 @@
+"""The queues against naive lists of rows."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from ensemble_gateway.queues import SWEEP_AT, Entry, Queues, Request, bits
+
+MEMBERS = 3
+PICK = st.integers(0, 1 << 16)
+
+
+class QueuesMachine(RuleBasedStateMachine):
+    """The model is, for each member, the rows that wait, in order: (request, slot, alone)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queues = Queues(MEMBERS)
+        self.model: list[list[tuple[Request, int, bool]]] = [[] for _ in range(MEMBERS)]
+        self.taken: list[tuple[int, list[Entry]]] = []
+        self.requests: list[Request] = []
+        self.slot = 0
+
+    @rule(parts=st.lists(st.integers(1, 6), min_size=1, max_size=3), wanted=st.sampled_from([7, 7, 1, 4, 5]))
+    def add(self, parts: list[int], wanted: int) -> None:
+        ranges = []
+        for rows in parts:
+            ranges.append((self.slot, rows))
+            self.slot += rows + 1
+        request = Request(sum(parts), tuple(ranges), wanted, 1, None)
+        self.requests.append(request)
+        self.queues.add(request)
+        for member in bits(wanted):
+            self.model[member] += [(request, start + row, False) for start, rows in ranges for row in range(rows)]
+
+    @rule()
+    def spread(self) -> None:
+        self.queues.spread()
+
+    @rule(which=PICK)
+    def close(self, which: int) -> None:
+        if not self.requests:
+            return
+        request = self.requests.pop(which % len(self.requests))
+        request.closed = True
+        self.queues.forget(request)
+        self.model = [[row for row in rows if row[0] is not request] for rows in self.model]
+
+    @rule(member=st.integers(0, MEMBERS - 1), rows=st.integers(1, 12))
+    def cut(self, member: int, rows: int) -> None:
+        self.queues.spread()
+        entries = self.queues.cut(member, rows)
+        got = [(entry.request, entry.start + row, entry.alone) for entry in entries for row in range(entry.rows)]
+        model = self.model[member]
+        assert got == model[: len(got)], "the oldest rows, in order, of no finished request"
+        assert len(got) <= rows
+        if any(alone for _, _, alone in got):
+            assert len(entries) == 1
+        elif len(got) < rows and len(got) < len(model):
+            assert model[len(got)][2], "fewer only before an entry that has to be alone"
+        del model[: len(got)]
+        if entries:
+            self.taken.append((member, entries))
+
+    @rule(which=PICK, alone=st.booleans())
+    def put_back(self, which: int, alone: bool) -> None:
+        if not self.taken:
+            return
+        member, entries = self.taken.pop(which % len(self.taken))
+        again = [entry._replace(alone=entry.alone or alone) for entry in entries]
+        self.queues.put_back(member, again)
+        rows = [
+            (entry.request, entry.start + row, entry.alone)
+            for entry in again
+            if not entry.request.closed
+            for row in range(entry.rows)
+        ]
+        self.model[member] = rows + self.model[member]
+
+    @rule(member=st.integers(0, MEMBERS - 1))
+    def head(self, member: int) -> None:
+        self.queues.spread()
+        model = self.model[member]
+        assert self.queues.head(member) is (model[0][0] if model else None)
+
+    @invariant()
+    def counts(self) -> None:
+        for member, rows in enumerate(self.model):
+            waiting = self.queues.waiting[member]
+            assert bool(self.queues.members >> member & 1) == bool(waiting)
+            assert waiting + self.queues._fresh_rows >= len(rows), "never fewer than there are"
+
+
+QueuesMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestQueues = QueuesMachine.TestCase
+
+
+def test_entries_that_have_to_be_alone_are_cut_alone_and_in_order() -> None:
+    queues = Queues(1)
+    first, second, third = (Request(2, ((10 * index, 2),), 1, 1, None) for index in range(3))
+    for request in (first, second, third):
+        queues.add(request)
+    queues.spread()
+    entries = queues.cut(0, 4)
+    queues.put_back(0, [entries[0], entries[1]._replace(alone=True)])
+    cuts = []
+    while queues.waiting[0]:
+        cuts.append([(entry.start, entry.rows) for entry in queues.cut(0, 3)])
+    assert cuts == [[(0, 2)], [(10, 2)], [(20, 2)]]
+    assert queues.members == 0
+    assert queues._alone == 0, "the usual, faster way is open again"
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_finished_requests_are_swept_out_when_they_are_many(spread: bool) -> None:
+    queues = Queues(2)
+    requests = [Request(2, ((2 * index, 2),), 0b11, 2, None) for index in range(4 * SWEEP_AT)]
+    for request in requests:
+        queues.add(request)
+    if spread:
+        queues.spread()
+    for request in requests[1:]:
+        request.closed = True
+        queues.forget(request)
+    queues.spread()
+    assert queues.waiting[0] <= 2 + 2 * SWEEP_AT
+    assert queues.entries(0) == queues.entries(1) == 1
+    assert queues.head(1) is requests[0]
+
+
+def test_sweeping_costs_little_for_each_of_many_that_leave() -> None:
+    queues = Queues(1)
+    requests = [Request(1, ((index, 1),), 1, 1, None) for index in range(20_000)]
+    for request in requests:
+        queues.add(request)
+    sweeps = 0
+    sweep = queues._sweep
+
+    def counted() -> None:
+        nonlocal sweeps
+        sweeps += 1
+        sweep()
+
+    queues._sweep = counted  # type: ignore[method-assign]
+    for request in requests[::2]:
+        request.closed = True
+        queues.forget(request)
+    assert 1 <= sweeps < 30
+
+
+def test_bits_are_the_members_of_a_set() -> None:
+    assert bits(0) == []
+    assert bits(0b1011) == [0, 1, 3]
+    assert bits(1 << 63) == [63]
