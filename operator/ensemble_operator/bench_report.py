@@ -14,7 +14,12 @@ from ensemble_operator.loads import Load
 BUSY_GENERATOR = 0.8
 
 
-def describe_load(load: Load) -> str:
+def headline(bench: Bench) -> str:
+    """What was asked of whom."""
+    return f"{bench.target.url}: {_describe(bench.load)}"
+
+
+def _describe(load: Load) -> str:
     """A load in words."""
     rows = "1 row" if load.rows == 1 else f"{load.rows:,} rows"
     if load.rate_per_s:
@@ -25,8 +30,7 @@ def describe_load(load: Load) -> str:
 def bench_table(bench: Bench) -> Table:
     """Predicted against measured, then latencies and failures."""
     result, predicted = bench.result, bench.predicted_rows_per_s
-    title = f"{bench.target.url}: {describe_load(bench.load)}"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     columns = ("measured",) if predicted is None else ("predicted", "measured", "of it")
     for column in columns:

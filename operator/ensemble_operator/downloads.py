@@ -9,6 +9,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.text import Text
 
 from ensemble_operator.measurements import Download
 
@@ -47,7 +48,7 @@ class Downloads:
         if self._bars is None:
             self._note(text)
         else:
-            self._bars.console.print(text, style="dim", markup=False, soft_wrap=True)
+            self._bars.console.print(Text(text, style="dim"), soft_wrap=True)
 
     def advance(self, member: str, download: Download) -> None:
         """A member's download is so far."""

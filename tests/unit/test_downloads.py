@@ -13,7 +13,8 @@ MIB = 1 << 20
 
 
 def test_lines_every_few_seconds_and_one_at_the_end() -> None:
-    now, lines = 0.0, []
+    now = 0.0
+    lines: list[str] = []
     with Downloads(lines.append, Console(file=io.StringIO()), lambda: now) as downloads:
         for step in range(13):
             now = float(step)
@@ -32,7 +33,8 @@ def test_lines_every_few_seconds_and_one_at_the_end() -> None:
 
 
 def test_bars_on_a_terminal_with_other_lines_above_them() -> None:
-    screen, lines = io.StringIO(), []
+    screen = io.StringIO()
+    lines: list[str] = []
     console = Console(file=screen, force_terminal=True, width=120)
     with Downloads(lines.append, console) as downloads:
         downloads.note("before")

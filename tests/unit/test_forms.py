@@ -1,4 +1,4 @@
-"""The choice among executions of a model: the fastest that agrees, or the one that is known to be, if it still agrees."""
+"""The choice among executions of a model: the fastest that agrees, or the one that is known to be, if it agrees."""
 
 from __future__ import annotations
 

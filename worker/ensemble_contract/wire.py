@@ -26,6 +26,8 @@ MAX_TEXT_BYTES = 4096
 # The longest frame without a tensor: a PUT of as many ranges as a batch may have, or a control message.
 MAX_FRAME_BYTES = 2 << 20
 MAX_ROWS = 1 << 24
+# An ensemble has no more members.
+MAX_INSTANCES = 64
 MAX_BATCH_ROWS = 65_536
 MAX_SLOTS = (1 << 32) - 1
 MAX_SHARED_BYTES = 1 << 48
@@ -51,9 +53,11 @@ class RowRanges(NamedTuple):
 _HEAD = struct.Struct("<HBBI")
 _RUN = struct.Struct("<HBBIQIIQ")
 _PUT = struct.Struct("<HBBIII")
-_RESULT = struct.Struct("<HBBIQQQ")
+_RESULT = struct.Struct("<HBBIQQ")
 _FAILED = struct.Struct("<HBBIQ")
 _PAIR = struct.Struct("<II")
+_IDS = [struct.Struct(f"<{many}I") for many in range(MAX_INSTANCES + 1)]
+_TIMES = [struct.Struct(f"<{many}Q") for many in range(MAX_INSTANCES + 1)]
 
 
 class MessageType(IntEnum):
@@ -161,25 +165,28 @@ class Put(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True):
-    """Run one batch: the rows in these ranges (of the cache, or of the store), through one instance.
+    """Run one batch: the rows in these ranges (of the cache, or of the store), through each of these instances.
 
     `result_offset`, a multiple of 64, is where in the results' shared memory the outputs go, one after the other, each
-    64-byte aligned.
+    64-byte aligned; an output is of shape (instances, rows, *shape).
     """
 
     batch: int
-    instance: int
+    instances: tuple[int, ...]
     rows: int
     result_offset: int
     ranges: RowRanges
 
 
 class Result(msgspec.Struct, frozen=True):
-    """A batch is done; its outputs follow as frames, or lie at the Run's `result_offset`."""
+    """A batch is done; its outputs follow as frames, or lie at the Run's `result_offset`.
+
+    `compute_ns` has the time of each instance, in the Run's order.
+    """
 
     batch: int
-    compute_ns: int
     queue_ns: int
+    compute_ns: tuple[int, ...]
 
 
 class Failed(msgspec.Struct, frozen=True):
@@ -208,9 +215,11 @@ def encode_control(message: Hello | State) -> bytes:
     return _HEAD.pack(MAGIC, PROTOCOL_VERSION, kind, len(text)) + text
 
 
-def encode_run(batch: int, instance: int, rows: int, result_offset: int, ranges: Ranges) -> bytes:
+def encode_run(batch: int, instances: Sequence[int], rows: int, result_offset: int, ranges: Ranges) -> bytes:
     """The bytes of a Run."""
-    head = _RUN.pack(MAGIC, PROTOCOL_VERSION, MessageType.RUN, len(ranges), batch, instance, rows, result_offset)
+    many = len(instances)
+    head = _RUN.pack(MAGIC, PROTOCOL_VERSION, MessageType.RUN, len(ranges), batch, many, rows, result_offset)
+    head += _IDS[many].pack(*instances)
     if len(ranges) == 1:
         return head + _PAIR.pack(*ranges[0])
     return head + _pairs(ranges)
@@ -222,9 +231,11 @@ def encode_put(cache: Ranges, source: Ranges = ()) -> bytes:
     return head + _pairs(cache) + _pairs(source)
 
 
-def encode_result(batch: int, compute_ns: int, queue_ns: int) -> bytes:
+def encode_result(batch: int, queue_ns: int, compute_ns: Sequence[int]) -> bytes:
     """The bytes of a Result's head."""
-    return _RESULT.pack(MAGIC, PROTOCOL_VERSION, MessageType.RESULT, 0, batch, compute_ns, queue_ns)
+    many = len(compute_ns)
+    head = _RESULT.pack(MAGIC, PROTOCOL_VERSION, MessageType.RESULT, many, batch, queue_ns)
+    return head + _TIMES[many].pack(*compute_ns)
 
 
 def encode_failed(batch: int, code: FailureCode, text: str) -> bytes:
@@ -253,15 +264,18 @@ def decode(head: bytes | memoryview) -> Message:
 
 
 def _decode_run(head: bytes | memoryview, count: int) -> Run:
-    if len(head) < _RUN.size or len(head) != _RUN.size + 8 * count:
-        raise ProtocolError(f"RUN of {len(head)} bytes does not hold {count} ranges")
-    _, _, _, _, batch, instance, rows, result_offset = _RUN.unpack_from(head)
-    ranges = _ranges(head, _RUN.size, count)
+    if len(head) < _RUN.size:
+        raise ProtocolError(f"RUN of {len(head)} bytes is too short")
+    _, _, _, _, batch, many, rows, result_offset = _RUN.unpack_from(head)
+    if not 1 <= many <= MAX_INSTANCES or len(head) != _RUN.size + 4 * many + 8 * count:
+        raise ProtocolError(f"RUN of {len(head)} bytes does not hold {many} instances and {count} ranges")
+    instances = _IDS[many].unpack_from(head, _RUN.size)
+    ranges = _ranges(head, _RUN.size + 4 * many, count)
     if not 1 <= rows <= MAX_ROWS or ranges.rows != rows:
         raise ProtocolError(f"RUN of {rows} rows: its ranges do not add up")
     if result_offset % RESULT_ALIGNMENT:
         raise ProtocolError(f"RUN with results at {result_offset}, which is not a multiple of {RESULT_ALIGNMENT}")
-    return Run(batch, instance, rows, result_offset, ranges)
+    return Run(batch, instances, rows, result_offset, ranges)
 
 
 def _decode_put(head: bytes | memoryview, _number: int) -> Put:
@@ -277,10 +291,11 @@ def _decode_put(head: bytes | memoryview, _number: int) -> Put:
     return Put(cache, source)
 
 
-def _decode_result(head: bytes | memoryview, _number: int) -> Result:
-    if len(head) != _RESULT.size:
-        raise ProtocolError(f"RESULT has {len(head)} bytes, not {_RESULT.size}")
-    return Result(*_RESULT.unpack_from(head)[4:])
+def _decode_result(head: bytes | memoryview, many: int) -> Result:
+    if not 1 <= many <= MAX_INSTANCES or len(head) != _RESULT.size + 8 * many:
+        raise ProtocolError(f"RESULT of {len(head)} bytes does not hold the times of {many} instances")
+    batch, queue_ns = _RESULT.unpack_from(head)[4:]
+    return Result(batch, queue_ns, _TIMES[many].unpack_from(head, _RESULT.size))
 
 
 def _decode_failed(head: bytes | memoryview, code: int) -> Failed:

@@ -8,7 +8,7 @@ a request starts first. `placement` says which lane gets how many.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 from itertools import count
@@ -20,14 +20,18 @@ from ensemble_gateway.lanes import Instance, Lane, lanes_of
 from ensemble_gateway.placement import Lanes, Offer
 from ensemble_gateway.queues import Entry, Failure, Queues, Request, bits
 
+# Members of one lane that wait with the same rows run as one batch while it is expected to take no longer than this:
+# sending, waking and answering cost as much as a tiny network.
+FUSE_S = 0.0005
+
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Rows on their way through one instance. `waited_s` is summed over its entries."""
+    """Rows on their way through one instance, or through several of one lane. `waited_s` is summed over its entries."""
 
     id: int
     lane: Lane
-    instance: Instance
+    instances: tuple[Instance, ...]
     entries: list[Entry]
     rows: int
     expected_s: float
@@ -126,21 +130,20 @@ class Dispatcher:
             self._lanes.finish(batch, now)
         return batch
 
-    def settle(self, batch: Batch, compute_s: float) -> list[Request]:
-        """A batch's outputs are kept; returns the requests that are finished by it."""
-        batch.instance.latency.observe(batch.rows, compute_s)
-        member = batch.instance.member
-        bit = 1 << member
+    def settle(self, batch: Batch, compute_s: Sequence[float]) -> list[Request]:
+        """A batch's outputs are kept; returns the requests that are finished by it. `compute_s` is by instance."""
+        ran = 0
+        for instance, seconds in zip(batch.instances, compute_s, strict=True):
+            instance.latency.observe(batch.rows, seconds)
+            ran |= 1 << instance.member
         finished = []
         for request, _, rows, _, _ in batch.entries:
             if request.closed:
                 continue
-            if rows != request.rows:
-                left = request.left = request.left or {}
-                left[member] = left.get(member, request.rows) - rows
-                if left[member]:
-                    continue
-            done = request.done = request.done | bit
+            whole = ran if rows == request.rows else _completed(request, rows, batch.instances)
+            if not whole:
+                continue
+            done = request.done = request.done | whole
             if done != request.wanted:
                 # The usual case, told apart without a call: it waits for other members.
                 if not request.failed and request.wanted & ~done & self._lanes.alive:
@@ -161,16 +164,19 @@ class Dispatcher:
         if blame:
             return self._requeue(batch, (batch.lane.worker,)) + self._lose(batch.lane.worker, batch.lane)
         alive = self._lanes.alive
-        self._lanes.drop(batch.lane, batch.instance)
+        for instance in batch.instances:
+            self._lanes.drop(batch.lane, instance)
         return self._requeue(batch, ()) + self._finish_without_dead(alive)
 
     def fail(self, batch: Batch, cause: str) -> list[Request]:
-        """A worker could not run a batch. Rows of several requests are tried once more, each request's alone."""
+        """A worker could not run a batch. One of several requests or members is tried again, each by itself."""
         first = batch.entries[0].request
-        if any(entry.request is not first for entry in batch.entries):
-            self._queues.put_back(batch.instance.member, [entry._replace(alone=True) for entry in batch.entries])
+        if len(batch.instances) > 1 or any(entry.request is not first for entry in batch.entries):
+            alone = [entry._replace(alone=True) for entry in batch.entries]
+            for instance in batch.instances:
+                self._queues.put_back(instance.member, alone)
             return []
-        member = batch.instance.member
+        member = batch.instances[0].member
         return [first] if self._member_failed(first, member, f"worker {batch.lane.worker}: {cause}") else []
 
     def expire(self, now: float) -> list[Request]:
@@ -251,16 +257,17 @@ class Dispatcher:
 
     def _requeue(self, batch: Batch, lost: tuple[str, ...]) -> list[Request]:
         """Queue a batch's rows again; rows that lose their second worker fail."""
-        member = batch.instance.member
-        finished, again = [], []
-        for entry in batch.entries:
-            if lost and entry.lost:
-                cause = f"its rows lost two workers, {entry.lost[0]} and {lost[0]}"
-                if self._member_failed(entry.request, member, cause):
-                    finished.append(entry.request)
-            else:
-                again.append(entry._replace(lost=entry.lost + lost, alone=entry.alone or bool(lost)))
-        self._queues.put_back(member, again)
+        finished = []
+        for instance in batch.instances:
+            member, again = instance.member, []
+            for entry in batch.entries:
+                if lost and entry.lost:
+                    cause = f"its rows lost two workers, {entry.lost[0]} and {lost[0]}"
+                    if self._member_failed(entry.request, member, cause):
+                        finished.append(entry.request)
+                else:
+                    again.append(entry._replace(lost=entry.lost + lost, alone=entry.alone or bool(lost)))
+            self._queues.put_back(member, again)
         return finished
 
     # -- assignment -----------------------------------------------------------------------------------------------
@@ -274,11 +281,7 @@ class Dispatcher:
         if not queues.members:
             return batches
         lanes.ripen(now)
-        needs = [need for member in bits(queues.members & lanes.open) if (need := self._need(member))]
-        total_s = 0.0
-        for need in needs:
-            total_s -= need[1]
-        heapify(needs)
+        needs, total_s = self._needs()
         while needs:
             _, work_s, member = needs[0]
             waiting = queues.waiting[member]
@@ -286,7 +289,11 @@ class Dispatcher:
             if offer is None or (self._max_delay_s and self._early(member, waiting, offer, now)):
                 heappop(needs)
                 continue
-            batches.append(self._cut(offer, now))
+            batch = self._cut(offer, now)
+            batches.append(batch)
+            if len(batch.instances) > 1:
+                needs, total_s = self._needs()
+                continue
             need = self._need(member) if queues.waiting[member] else None
             total_s += work_s
             if need:
@@ -299,6 +306,15 @@ class Dispatcher:
         if queues.members:
             self._assign_at = min(self._assign_at, lanes.next_opening())
         return batches
+
+    def _needs(self) -> tuple[list[tuple[int, float, int]], float]:
+        """The needs of all members that wait and have an open lane, as a heap, and their work in seconds."""
+        needs = [need for member in bits(self._queues.members & self._lanes.open) if (need := self._need(member))]
+        total_s = 0.0
+        for need in needs:
+            total_s -= need[1]
+        heapify(needs)
+        return needs, total_s
 
     def _need(self, member: int) -> tuple[int, float, int] | None:
         """How much a member needs a lane, the smaller the more: by its oldest request, then by its work."""
@@ -328,7 +344,37 @@ class Dispatcher:
         else:
             entry = entries[0]
             rows, waited = entry.rows, now - entry.request.admitted_at
-        batch = Batch(next(self._ids), lane, instance, entries, rows, instance.latency.expect(rows), now, waited)
+        instances: tuple[Instance, ...] = (instance,)
+        expected_s = instance.latency.expect(rows)
+        if expected_s < FUSE_S and len(lane.instances) > 1 and not entries[0].alone:
+            instances, expected_s = self._fuse(lane, instance, entries, rows, expected_s)
+        batch = Batch(next(self._ids), lane, instances, entries, rows, expected_s, now, waited)
         self._batches[batch.id] = batch
         self._lanes.start(batch, now)
         return batch
+
+    def _fuse(
+        self, lane: Lane, first: Instance, entries: list[Entry], rows: int, expected_s: float
+    ) -> tuple[tuple[Instance, ...], float]:
+        """The lane's instances that run these rows in one go: members that wait with the same rows, while it is brief."""
+        instances = [first]
+        for member, instance in lane.instances.items():
+            if instance is first or self._queues.waiting[member] < rows or rows > instance.batch_size:
+                continue
+            more_s = instance.latency.expect(rows)
+            if expected_s + more_s <= FUSE_S and self._queues.cut_same(member, entries):
+                instances.append(instance)
+                expected_s += more_s
+        return tuple(instances), expected_s
+
+
+def _completed(request: Request, rows: int, instances: Sequence[Instance]) -> int:
+    """The members, as bits, that have answered all rows of a request with these `rows` of it."""
+    left = request.left = request.left or {}
+    whole = 0
+    for instance in instances:
+        member = instance.member
+        left[member] = left.get(member, request.rows) - rows
+        if not left[member]:
+            whole |= 1 << member
+    return whole

@@ -108,7 +108,7 @@ class Lane:
         """Take over the batches of the lane that this one replaces, where their instance still lives."""
         living = {instance.id for instance in self.instances.values()}
         for batch in old.batches.values():
-            if batch.instance.id in living:
+            if all(instance.id in living for instance in batch.instances):
                 batch.lane = self
                 self.batches[batch.id] = batch
                 self.busy_until = max(self.busy_until, old.busy_until)

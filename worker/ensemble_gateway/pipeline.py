@@ -189,15 +189,16 @@ class Pipeline:
         batch = self.dispatcher.take(result.batch, self._loop.time())
         if batch is None:
             return
-        entries, member = batch.entries, batch.instance.member
+        entries = batch.entries
         if any(entry.request.closed for entry in entries):
             outputs, ranges = _of_the_living(entries, outputs)
         else:
             ranges = batch.ranges
         if ranges:
-            self.store.keep(member, ranges, outputs)
-        compute_s = result.compute_ns * 1e-9
-        self.metrics.batch_done(member, batch.rows, batch.waited_s, compute_s, len(entries))
+            self.store.keep([one.member for one in batch.instances], ranges, outputs)
+        compute_s = [ns * 1e-9 for ns in result.compute_ns]
+        for instance, seconds in zip(batch.instances, compute_s, strict=True):
+            self.metrics.batch_done(instance.member, batch.rows, batch.waited_s, seconds, len(entries))
         self._finished += self.dispatcher.settle(batch, compute_s)
 
     def worker_failed(self, failed: wire.Failed) -> None:
@@ -209,7 +210,8 @@ class Pipeline:
             # The worker's State, or the end of its link, follows.
             self._finished += self.dispatcher.retry(batch, blame=failed.code is wire.FailureCode.DEVICE_LOST)
             return
-        self.metrics.failed(batch.instance.member + 1, Failure.BACKEND)
+        for instance in batch.instances:
+            self.metrics.failed(instance.member + 1, Failure.BACKEND)
         self._finished += self.dispatcher.fail(batch, failed.text)
 
     def worker_lost(self, worker: str, reason: str) -> None:  # noqa: ARG002  # the link logs the reason
@@ -359,4 +361,4 @@ def _of_the_living(entries: Sequence[Entry], outputs: Sequence[Array]) -> tuple[
         if alive:
             ranges.append((entry.start, entry.rows))
     mask = np.array(keep)
-    return [output[mask] for output in outputs], ranges
+    return [output[:, mask] for output in outputs], ranges

@@ -144,6 +144,25 @@ class Queues:
                 break
         return entries
 
+    def cut_same(self, member: int, entries: Sequence[Entry]) -> bool:
+        """Take exactly these rows from the head of another member's queue; False, and nothing is taken, if it differs."""
+        queue = self._queues[member]
+        if len(queue) < len(entries):
+            return False
+        last = len(entries) - 1
+        for position, (entry, other) in enumerate(zip(entries, queue, strict=False)):
+            if entry is other:
+                continue
+            same = entry.request is other.request and entry.start == other.start and not other.alone
+            if not same or other.rows < entry.rows or (other.rows > entry.rows and position < last):
+                return False
+        for entry in entries:
+            if queue[0].rows > entry.rows:
+                self._split(member, entry.rows)
+            else:
+                self._drop(member)
+        return True
+
     def entries(self, member: int) -> int:
         """How many entries wait for a member."""
         return sum(1 for entry in self._queues[member] if not entry.request.closed) + len(self._fresh)

@@ -135,16 +135,18 @@ class RowStore:
         where = slots_of(ranges)
         return [rows[where] for rows in self._inputs]
 
-    def keep(self, column: int, ranges: Sequence[tuple[int, int]], results: Sequence[Array]) -> None:
-        """Store a member's outputs, each of shape (rows, *shape), for the rows in `ranges`, in order."""
+    def keep(self, columns: Sequence[int], ranges: Sequence[tuple[int, int]], results: Sequence[Array]) -> None:
+        """Store outputs of members, each of shape (len(columns), rows, *shape), for the rows in `ranges`, in order."""
         if len(ranges) == 1:
             start, count = ranges[0]
             for kept, result in zip(self.outputs, results, strict=True):
-                kept[column, start : start + count] = result
+                for column, of_member in zip(columns, result, strict=True):
+                    kept[column, start : start + count] = of_member
             return
         where = slots_of(ranges)
         for kept, result in zip(self.outputs, results, strict=True):
-            kept[column, where] = result
+            for column, of_member in zip(columns, result, strict=True):
+                kept[column, where] = of_member
 
     def stack(self, output: int, columns: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Array:
         """What these columns hold for the rows in `ranges`: an array of shape (columns, rows, *shape), maybe a view."""

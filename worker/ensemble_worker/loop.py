@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import add
 from queue import SimpleQueue
 
 from ensemble_contract.wire import FailureCode
@@ -21,9 +22,6 @@ from ensemble_worker.links import LinkServer, Peer, Work
 from ensemble_worker.predictor import Predictor, is_out_of_memory
 
 _LOG = logging.getLogger(__name__)
-
-# Waking the gateway costs both sides tens of microseconds: an answer waits for the next one if that is as brief as this.
-BRIEF_NS = 100_000
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +37,6 @@ class Running:
     rows: int = 0
     compute_ns: int = 0
     failures: int = 0
-    last_ns: int = 0
     queue: SimpleQueue[Work | None] = field(default_factory=SimpleQueue)
 
 
@@ -100,36 +97,37 @@ class Executor(threading.Thread):
             self._start(work)
 
     def _start(self, work: Work) -> None:
-        run = work.run
-        running = self._instances.get(run.instance)
-        if running is None:
-            work.peer.fail(run, FailureCode.UNKNOWN_INSTANCE, f"instance {run.instance} is not here")
-        elif run.rows > running.predictor.batch_size:
-            text = f"{run.rows} rows are over the batch size of {running.predictor.batch_size}"
-            work.peer.fail(run, FailureCode.BAD_REQUEST, text)
-        elif max(map(int.__add__, run.ranges.starts, run.ranges.counts)) > work.peer.rows.slots:
+        run, known = work.run, self._instances
+        instances = [running for one in run.instances if (running := known.get(one)) is not None]
+        if len(instances) != len(run.instances):
+            work.peer.fail(run, FailureCode.UNKNOWN_INSTANCE, f"one of the instances {run.instances} is not here")
+        elif run.rows > min(running.predictor.batch_size for running in instances):
+            work.peer.fail(run, FailureCode.BAD_REQUEST, f"{run.rows} rows are over an instance's batch size")
+        elif max(map(add, run.ranges.starts, run.ranges.counts)) > work.peer.rows.slots:
             work.peer.fail(run, FailureCode.BAD_REQUEST, f"a range ends beyond slot {work.peer.rows.slots}")
         elif self._serial:
-            self._execute(running, work)
+            self._execute(instances, work)
+        elif len(instances) == 1:
+            instances[0].queue.put(work)
         else:
-            running.queue.put(work)
-
-    def _brief_follows(self, peer: Peer) -> bool:
-        """Whether this thread is about to answer the same gateway again, so soon that one doorbell will do for both."""
-        queue = self._waiting.get(peer) if self._serial else None
-        if not queue or len(self._waiting) > 1:
-            return False
-        following = self._instances.get(queue[0].run.instance)
-        return following is not None and following.last_ns < BRIEF_NS
+            work.peer.fail(run, FailureCode.BAD_REQUEST, "instances of a parallel device run one by one")
 
     def _run_queue(self, running: Running) -> None:
         while (work := running.queue.get()) is not None:
-            self._execute(running, work)
+            self._execute([running], work)
 
-    def _execute(self, running: Running, work: Work) -> None:
-        began_ns = self._began_ns = time.monotonic_ns()
+    def _execute(self, instances: list[Running], work: Work) -> None:
+        """Run a batch through each of the instances: its rows are gathered once."""
+        began_ns = self._began_ns = lap_ns = time.monotonic_ns()
+        outputs, compute_ns = [], []
+        running = instances[0]
         try:
-            outputs = running.predictor.run(work.peer.rows.gather(work.run.ranges))
+            rows = work.peer.rows.gather(work.run.ranges)
+            for running in instances:
+                outputs.append(running.predictor.run(rows))
+                now_ns = time.monotonic_ns()
+                compute_ns.append(now_ns - lap_ns)
+                lap_ns = now_ns
         except DeviceLost as error:
             work.peer.fail(work.run, FailureCode.DEVICE_LOST, str(error))
             self._lost(str(error))
@@ -142,9 +140,8 @@ class Executor(threading.Thread):
             return
         finally:
             self._began_ns = 0
-        compute_ns = running.last_ns = time.monotonic_ns() - began_ns
-        follows = compute_ns < BRIEF_NS and self._brief_follows(work.peer)
-        work.peer.answer(work.run, outputs, compute_ns, began_ns - work.received_ns, follows)
-        running.batches += 1
-        running.rows += work.run.rows
-        running.compute_ns += compute_ns
+        work.peer.answer(work.run, outputs, compute_ns, began_ns - work.received_ns)
+        for running, lap_ns in zip(instances, compute_ns, strict=True):
+            running.batches += 1
+            running.rows += work.run.rows
+            running.compute_ns += lap_ns

@@ -79,7 +79,7 @@ def prepare_cpu(cores: Sequence[int], *, pin: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A member in memory, checked against what is declared, its execution chosen: makes predictors of any batch size."""
+    """A member in memory, checked against what is declared, its execution chosen: makes predictors of any batch."""
 
     source: ModelSource
     inputs: tuple[TensorSpec, ...]

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
     found = asyncio.run(_until_signalled(args))
     if args.output == "table":
-        Screen().result(bench_report.bench_table(found), *bench_report.remarks(found))
+        Screen().result(bench_report.headline(found), bench_report.bench_table(found), *bench_report.remarks(found))
     else:
         documents.write(args.output, bench_report.bench_document(found))
     return ExitCode.OK if found.result.requests else ExitCode.UNEXPECTED

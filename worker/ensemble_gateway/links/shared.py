@@ -168,7 +168,8 @@ class SharedLink:
 
     def _write(self, session: _Session, batch: Batch) -> bool:
         """Write a batch; False, and nothing is written, if there is no room for its rows or results now."""
-        starts, size = result_offsets(self._outputs, batch.rows)
+        many = len(batch.instances)
+        starts, size = result_offsets(self._outputs, many * batch.rows)
         ranges, pinned = batch.ranges, None
         at = session.arena.take(size)
         if at is None:
@@ -181,8 +182,8 @@ class SharedLink:
             if placement.missing_cache:
                 session.push(wire.encode_put(placement.missing_cache, placement.missing_store))
             ranges, pinned = placement.rows, placement.pinned
-        session.in_flight[batch.id] = _Flight(at, size, starts, batch.rows, pinned)
-        session.push(wire.encode_run(batch.id, batch.instance.id, batch.rows, at, ranges))
+        session.in_flight[batch.id] = _Flight(at, size, starts, many, batch.rows, pinned)
+        session.push(wire.encode_run(batch.id, [one.id for one in batch.instances], batch.rows, at, ranges))
         return True
 
     def _write_blocked(self, session: _Session) -> None:
@@ -268,16 +269,16 @@ class SharedLink:
         flight = session.in_flight.pop(message.batch, None)
         if flight is None:
             raise ProtocolError(f"batch {message.batch} was not asked for")
-        at, size, starts, rows, pinned = flight
+        at, size, starts, many, rows, pinned = flight
         if self._cache is not None and pinned is not None:
             self._cache.unpin(pinned)
         if isinstance(message, wire.Failed):
             self._owner.worker_failed(message)
         else:
-            outputs = [
-                rows_of(session.results[at + start : at + start + rows * spec.row_bytes], spec, rows)
-                for start, spec in zip(starts, self._outputs, strict=True)
-            ]
+            outputs = []
+            for start, spec in zip(starts, self._outputs, strict=True):
+                raw = session.results[at + start : at + start + many * rows * spec.row_bytes]
+                outputs.append(rows_of(raw, spec, many * rows).reshape(many, rows, *spec.shape))
             self._owner.worker_result(message, outputs)
         session.arena.give(at, size)
 
@@ -288,6 +289,7 @@ class _Flight(NamedTuple):
     at: int
     size: int
     starts: list[int]
+    many: int
     rows: int
     pinned: Slots | None
 

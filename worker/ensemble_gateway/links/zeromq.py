@@ -61,7 +61,7 @@ class ZeroMQLink:
         self._monitor: zmq.Socket[bytes] | None = None
         self._cache: CacheMap | None = None
         self._cache_rows = 0
-        self._in_flight: dict[int, tuple[int, Slots]] = {}
+        self._in_flight: dict[int, tuple[int, int, Slots]] = {}
         self._blocked: deque[Batch] = deque()
         self._heard_at = 0.0
         self._connecting: asyncio.Task[None] | None = None
@@ -115,8 +115,9 @@ class ZeroMQLink:
                 *self._rows(placement.missing_store),
             ]
             sock.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < COPY_BELOW)
-        self._in_flight[batch.id] = (batch.rows, placement.pinned)
-        sock.send(wire.encode_run(batch.id, batch.instance.id, batch.rows, 0, placement.rows), zmq.NOBLOCK)
+        self._in_flight[batch.id] = (len(batch.instances), batch.rows, placement.pinned)
+        instances = [one.id for one in batch.instances]
+        sock.send(wire.encode_run(batch.id, instances, batch.rows, 0, placement.rows), zmq.NOBLOCK)
         return True
 
     def _send_blocked(self, sock: zmq.Socket[bytes], cache: CacheMap) -> None:
@@ -244,7 +245,7 @@ class ZeroMQLink:
         flight = self._in_flight.pop(message.batch, None)
         if flight is None or self._cache is None:
             raise ProtocolError(f"batch {message.batch} was not asked for")
-        rows, pinned = flight
+        many, rows, pinned = flight
         self._cache.unpin(pinned)
         if isinstance(message, wire.Failed):
             self._owner.worker_failed(message)
@@ -252,7 +253,10 @@ class ZeroMQLink:
             if len(frames) != len(self._outputs):
                 raise ProtocolError(f"a RESULT of {len(frames)} outputs, not {len(self._outputs)}")
             try:
-                outputs = [rows_of(f.buffer, spec, rows) for f, spec in zip(frames, self._outputs, strict=True)]
+                outputs = [
+                    rows_of(frame.buffer, spec, many * rows).reshape(many, rows, *spec.shape)
+                    for frame, spec in zip(frames, self._outputs, strict=True)
+                ]
             except ValueError as error:
                 raise ProtocolError(str(error)) from error
             self._owner.worker_result(message, outputs)

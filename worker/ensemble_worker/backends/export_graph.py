@@ -102,7 +102,7 @@ class _Tensors:
         host = torch.empty(record.size, dtype=torch.uint8)
         with self._archive.path.open("rb") as file:
             file.seek(record.offset)
-            if file.readinto(memoryview(host.numpy())) != record.size:
+            if file.readinto(host.numpy().data) != record.size:
                 raise InvalidArchive(f"{name} ends early: the file was truncated while it was read")
         return host
 

@@ -15,7 +15,6 @@ from ensemble_worker.backends import forms
 from ensemble_worker.backends.loaded import Call, Loaded
 from ensemble_worker.backends.tensors import DTYPES, describe, shares_memory, trial_inputs, unpacker
 from ensemble_worker.errors import InvalidModel
-from ensemble_worker.signature import Signature
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +149,7 @@ def _names(specs: Sequence[TensorSpec]) -> str:
 
 
 def _first_run(call: Call, specs: Sequence[TensorSpec], rows: int, device: torch.device) -> tuple[Rows, Rows, Any]:
-    """Rows that the model takes, the copies it was given, and what it gave; small numbers, if others leave its tables."""
+    """Rows that the model takes, the copies it was given, and what it gave; of 0 and 1, if others leave tables."""
     try:
         return _run(call, [t.to(device) for t in trial_inputs(specs, rows, SEED, small=False)])
     except IndexError:
@@ -179,7 +178,7 @@ def _takes_other_rows(
 
 
 def _trials(call: Call, trial: Rows, most_rows: int, few: int) -> list[Rows]:
-    """The batches to time (as many rows as take about 20 ms, whatever batch is planned, and one row), then a last one."""
+    """The batches to time (as many rows as take about 20 ms, whatever batch is planned, and one row), then another."""
     one = _resized(trial, 1)
     call(*one)
     started = time.perf_counter()

@@ -34,11 +34,8 @@ class Peer(Protocol):
 
     rows: Rows
 
-    def answer(self, run: Run, outputs: Sequence[Array], compute_ns: int, queue_ns: int, follows: bool = False) -> None:
-        """Send a batch's outputs, each C-contiguous of shape (rows, *shape).
-
-        `follows`: another answer comes at once, and the gateway need not be woken for this one.
-        """
+    def answer(self, run: Run, outputs: Sequence[Sequence[Array]], compute_ns: Sequence[int], queue_ns: int) -> None:
+        """Send a batch's outputs: for each instance its outputs, each C-contiguous of shape (rows, *shape)."""
 
     def fail(self, run: Run, code: FailureCode, text: str) -> None:
         """Say that a batch could not be run."""

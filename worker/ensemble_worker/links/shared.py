@@ -262,32 +262,34 @@ class SharedPeer:
         return works
 
     def answer(
-        self, run: wire.Run, outputs: Sequence[Array], compute_ns: int, queue_ns: int, follows: bool = False
+        self, run: wire.Run, outputs: Sequence[Sequence[Array]], compute_ns: Sequence[int], queue_ns: int
     ) -> None:
-        """Write the outputs where the gateway wants them, and ring, unless another answer follows at once."""
-        starts, size = result_offsets(self._outputs, run.rows)
+        """Write the outputs where the gateway wants them, and ring."""
+        starts, size = result_offsets(self._outputs, len(outputs) * run.rows)
         at, results = run.result_offset, self._results
         if at + size > len(results):
             self.fail(run, wire.FailureCode.BAD_REQUEST, "the results would lie beyond the arena")
             return
-        for start, output in zip(starts, outputs, strict=True):
-            raw = output.reshape(-1).view(np.uint8)
-            results[at + start : at + start + len(raw)] = raw
-        self._send(wire.encode_result(run.batch, compute_ns, queue_ns), ring=not follows)
+        for position, start in enumerate(starts):
+            begin = at + start
+            for of_instance in outputs:
+                raw = of_instance[position].reshape(-1).view(np.uint8)
+                results[begin : begin + len(raw)] = raw
+                begin += len(raw)
+        self._send(wire.encode_result(run.batch, queue_ns, compute_ns))
 
     def fail(self, run: wire.Run, code: wire.FailureCode, text: str) -> None:
         """Say that a batch could not be run."""
         self._send(wire.encode_failed(run.batch, code, text))
 
-    def _send(self, record: bytes, *, ring: bool = True) -> None:
+    def _send(self, record: bytes) -> None:
         with self._lock:
             if self.gone:
                 return
             try:
                 # There is room for the answers to all batches that its credits allow.
                 reason = "" if self._to.push(record) else "it does not read its ring"
-                if ring:
-                    os.eventfd_write(self._gateway_doorbell, 1)
+                os.eventfd_write(self._gateway_doorbell, 1)
             except BlockingIOError:
                 return
             except (OSError, ProtocolError) as error:

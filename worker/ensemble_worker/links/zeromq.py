@@ -231,11 +231,14 @@ class ZeroMQPeer:
         self.rows.put(message.cache, arrays)
 
     def answer(
-        self, run: wire.Run, outputs: Sequence[Array], compute_ns: int, queue_ns: int, follows: bool = False
+        self, run: wire.Run, outputs: Sequence[Sequence[Array]], compute_ns: Sequence[int], queue_ns: int
     ) -> None:
-        """Send a batch's outputs, one frame each; ZeroMQ's I/O thread joins what `follows` by itself."""
-        tensors = [output.reshape(-1).view(np.uint8).data for output in outputs]
-        self._server.send([self._identity, wire.encode_result(run.batch, compute_ns, queue_ns), *tensors])
+        """Send a batch's outputs, one frame each, with all its instances one after the other."""
+        frames = []
+        for parts in zip(*outputs, strict=True):
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            frames.append(whole.reshape(-1).view(np.uint8).data)
+        self._server.send([self._identity, wire.encode_result(run.batch, queue_ns, compute_ns), *frames])
 
     def fail(self, run: wire.Run, code: wire.FailureCode, text: str) -> None:
         """Say that a batch could not be run."""
