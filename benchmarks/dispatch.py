@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from heapq import heappop, heappush
 
 from ensemble_contract.wire import LiveInstance, State
-from ensemble_gateway.dispatcher import Batch, Dispatcher
+from ensemble_gateway.batches import Batch
+from ensemble_gateway.dispatcher import Dispatcher
 from ensemble_gateway.queues import Request
 
 TIMEOUT_S = 30.0
-ROW_S = 0.001
+TINY_S = 0.000002
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Load:
     """So many requests of so many rows for `members` members, over `lanes` lanes of batches up to `batch_size`.
 
     `standing` requests wait before the measurement begins, so that every lane is busy. `shared`: every lane runs every
-    member, as on CPU devices; otherwise each lane runs one, as on GPUs.
+    member, as on CPU devices; otherwise each lane runs one, as on GPUs. A row takes `row_s`.
     """
 
     name: str
@@ -38,12 +39,16 @@ class Load:
     batch_size: int = 64
     standing: int = 0
     shared: bool = True
+    row_s: float = 0.001
 
 
 LOADS = (
     Load("1 request of 1 row, 2 lanes", 4, 2, 1),
     Load("64 requests of 1 row, 2 lanes", 4, 2, 64),
+    Load("1 request of 1 row of tiny members, 2 lanes", 4, 2, 1, row_s=TINY_S),
+    Load("64 requests of 1 row of tiny members, 2 lanes", 4, 2, 64, row_s=TINY_S),
     Load("1 request of 128 rows, 2 lanes", 4, 2, 1, rows=128),
+    Load("1,000 lanes of 36 tiny members, idle, 64 rows", 36, 1000, 64, row_s=TINY_S),
     Load("1,000 lanes of 36 members, idle, 1 row", 36, 1000, 1),
     Load("1,000 lanes of 36 members, idle, 64 rows", 36, 1000, 64),
     Load("1,000 lanes of 36 members, saturated", 36, 1000, 500, batch_size=8, standing=2000),
@@ -63,7 +68,7 @@ class Cost:
 
 
 class Bench:
-    """A dispatcher with live workers; each lane runs one batch after another, every row taking a millisecond."""
+    """A dispatcher with live workers; each lane runs one batch after another, a row takes as long as its load says."""
 
     def __init__(self, load: Load) -> None:
         self.load = load
@@ -73,7 +78,7 @@ class Bench:
         for lane in range(load.lanes):
             hosted = members if load.shared else [members[lane % load.members]]
             live = tuple(
-                LiveInstance(index, name, digest, load.batch_size, ROW_S * load.batch_size)
+                LiveInstance(index, name, digest, load.batch_size, load.row_s * load.batch_size)
                 for index, (name, digest) in enumerate(hosted)
             )
             self.dispatcher.update(State(f"w{lane}", 1, live, load.shared, 2, device_class="cpu"))
@@ -99,7 +104,9 @@ class Bench:
         self.dispatcher.next_at()
         for batch in given:
             lane = batch.lane.worker
-            ends_at = self.free_at[lane] = max(self.now, self.free_at.get(lane, 0.0)) + ROW_S * batch.rows
+            ends_at = self.free_at[lane] = max(
+                self.now, self.free_at.get(lane, 0.0)
+            ) + self.load.row_s * batch.rows * len(batch.instances)
             heappush(self.flying, (ends_at, batch.id, batch))
         return len(given)
 
@@ -109,7 +116,7 @@ class Bench:
         taken = self.dispatcher.take(batch.id, self.now)
         if taken is None:
             raise AssertionError("a batch that was given out is known")
-        return len(self.dispatcher.settle(taken, ROW_S * batch.rows))
+        return len(self.dispatcher.settle(taken, [self.load.row_s * batch.rows] * len(batch.instances)))
 
     def round(self) -> tuple[int, int]:
         """Serve the load's requests once; returns how many requests and batches were done."""

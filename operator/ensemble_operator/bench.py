@@ -25,13 +25,21 @@ GENERATOR = (sys.executable, "-m", "ensemble_operator.loadgen")
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a plan promises, and how many rows one batch of every instance takes: fewer under way cannot reach it."""
+
+    rows_per_s: float
+    batch_rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Bench:
-    """What was asked for and what came of it; `predicted_rows_per_s` is the plan's, where there is one."""
+    """What was asked for and what came of it, and what the plan says of it, where there is one."""
 
     target: Target
     load: Load
     result: Result
-    predicted_rows_per_s: float | None
+    prediction: Prediction | None
 
 
 async def bench_url(url: str, model: str | None, load_on: Callable[[Target], Load]) -> Bench:
@@ -49,10 +57,10 @@ async def bench_file(options: ServeOptions, model: str | None, load_on: Callable
 
     Raises TargetUnusable, and what `ensemble serve` does.
     """
-    async with _served(options, Screen()) as (url, predicted):
+    async with _served(options, Screen()) as (url, prediction):
         found = await bench_url(url, model, load_on)
     # Of a member alone the plan says nothing.
-    return Bench(found.target, found.load, found.result, None if model else predicted)
+    return Bench(found.target, found.load, found.result, None if model else prediction)
 
 
 async def put(load: Load) -> Result:
@@ -82,8 +90,8 @@ async def put(load: Load) -> Result:
 
 
 @contextlib.asynccontextmanager
-async def _served(options: ServeOptions, screen: Screen) -> AsyncIterator[tuple[str, float]]:
-    """The URL of the ensemble and the rows/s that its plan promises, while it is served."""
+async def _served(options: ServeOptions, screen: Screen) -> AsyncIterator[tuple[str, Prediction]]:
+    """The URL of the ensemble and what its plan promises, while it is served."""
     planned = await prepare(options, screen)
     with runtime_folder(options.runtime_base) as folder:
         deployment = local._deployment(planned, options, folder, screen)
@@ -92,6 +100,8 @@ async def _served(options: ServeOptions, screen: Screen) -> AsyncIterator[tuple[
             state, _ = await local._until_settled(deployment, planned, screen)
             screen.hide()
             model = f"{state.url}/v2/models/{planned.ensemble.name}"
-            yield model, rows_per_s(planned.problem, planned.matrix)
+            # Every member sees every row, so the member with the largest batches says how many rows fill all.
+            batch_rows = int(planned.matrix.sizes.sum(axis=0).max())
+            yield model, Prediction(rows_per_s(planned.problem, planned.matrix), batch_rows)
         finally:
             await deployment.stop()

@@ -29,7 +29,8 @@ def _describe(load: Load) -> str:
 
 def bench_table(bench: Bench) -> Table:
     """Predicted against measured, then latencies and failures."""
-    result, predicted = bench.result, bench.predicted_rows_per_s
+    result = bench.result
+    predicted = bench.prediction.rows_per_s if bench.prediction else None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     columns = ("measured",) if predicted is None else ("predicted", "measured", "of it")
@@ -66,8 +67,13 @@ def remarks(bench: Bench) -> list[str]:
         lines.append(f"the first said: {result.example}")
     if result.cpu_share >= BUSY_GENERATOR:
         lines.append(f"the load generator used {result.cpu_share:.0%} of a core: it may be what limits, not the server")
-    if bench.predicted_rows_per_s and not load.rate_per_s and result.rows_per_s < bench.predicted_rows_per_s / 2:
-        lines.append("the prediction is for devices that always have full batches: try more --clients or --rows")
+    under_way = load.clients * load.rows
+    if bench.prediction and not load.rate_per_s and under_way < bench.prediction.batch_rows:
+        wanted = bench.prediction.batch_rows
+        lines.append(
+            f"{under_way:,} rows under way at most, and full batches take {wanted:,}: more --clients or --rows "
+            "come closer"
+        )
     return lines
 
 
@@ -102,6 +108,6 @@ def bench_document(bench: Bench) -> dict[str, Any]:
     }
     if result.example:
         document["firstFailure"] = result.example
-    if bench.predicted_rows_per_s is not None:
-        document["predictedRowsPerS"] = bench.predicted_rows_per_s
+    if bench.prediction is not None:
+        document["predictedRowsPerS"] = bench.prediction.rows_per_s
     return document

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from ensemble_operator import cluster_file, resource_file
 from ensemble_operator.allocation.errors import InvalidProblem
@@ -17,6 +17,7 @@ from ensemble_operator.bar import Bar
 from ensemble_operator.cluster_file import Document
 from ensemble_operator.measurements import UNMEASURED_OVERHEAD_BYTES, planning_problem
 from ensemble_operator.measuring import find_devices
+from ensemble_operator.plan_settings import options_of
 from ensemble_operator.preparation import ModelUnavailable
 from ensemble_operator.profiling import Effort, held_bytes, measured_members
 from ensemble_operator.progress_notes import MemberProgress
@@ -68,16 +69,7 @@ def plan_options(planning: Planning | None, args: argparse.Namespace) -> PlanOpt
 
     Raises InvalidProblem if they do not go together.
     """
-    found = PlanOptions()
-    if planning is not None:
-        found = PlanOptions(
-            objective=cast("Literal['throughput', 'devices']", planning.objective),
-            target_rows_per_s=planning.target_throughput,
-            strategy=cast("Literal['greedy', 'greedy-paper', 'exact']", planning.strategy),
-            max_iterations=planning.max_iterations,
-            max_neighbours=planning.max_neighbours,
-            seed=planning.seed,
-        )
+    found = PlanOptions() if planning is None else options_of(planning)
     wanted: dict[str, Any] = {
         "objective": args.objective,
         "target_rows_per_s": args.target_throughput,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from ensemble_contract.plan import ModelSource
 from ensemble_operator import resource_file
 from ensemble_operator.addresses import check_address
 from ensemble_operator.allocation.matrix import Matrix
+from ensemble_operator.allocation.planner import plan
 from ensemble_operator.allocation.problem import Problem
-from ensemble_operator.allocation.worstfit import fill, worst_fit
 from ensemble_operator.api import InferenceEnsemble, cluster_only, not_acted_upon
 from ensemble_operator.downloads import Downloads
 from ensemble_operator.errors import EnsembleError
@@ -26,6 +27,7 @@ from ensemble_operator.measurements import (
     sizes_to_measure,
 )
 from ensemble_operator.measuring import Measurer, Task, find_devices
+from ensemble_operator.plan_settings import options_of
 from ensemble_operator.plans import Tensors, model_source
 
 # Of each member, once it is loaded, for all batch sizes together.
@@ -92,7 +94,10 @@ async def prepare(options: ServeOptions, screen: Screen) -> Planned:
     problem = planning_problem(
         devices, measured, headroom=ensemble.spec.devices.memory_headroom, held_bytes=_held(ensemble, devices, options)
     )
-    matrix = fill(problem, worst_fit(problem))
+    # Every member on every device, where memory allows: the gateway then runs members side by side for one client, and
+    # spreads the rows of many.
+    wanted = options_of(ensemble.spec.planning, copies=len(devices))
+    matrix = (await asyncio.to_thread(plan, problem, wanted, clock=time.monotonic)).matrix
     for name, cause in unloadable.items():
         screen.warn(f"served without {name}: {cause}")
     tensors = Tensors(inputs, outputs, labels)

@@ -63,20 +63,37 @@ def offsets(form: struct.Struct) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "form", "rest"),
-    [
-        ("PUT", wire._PUT, True),
-        ("RUN", wire._RUN, True),
-        ("RESULT", wire._RESULT, False),
-        ("FAILED", wire._FAILED, True),
-    ],
+    ("name", "form"), [("PUT", wire._PUT), ("RUN", wire._RUN), ("RESULT", wire._RESULT), ("FAILED", wire._FAILED)]
 )
-def test_offsets(name: str, form: struct.Struct, rest: bool) -> None:
-    """The head's four fields are one line in the document; what follows the fixed part is the last line."""
+def test_offsets(name: str, form: struct.Struct) -> None:
+    """The head's four fields are one line in the document; what follows the fixed part begins on the next line."""
     rows = table(section(name), "offset")
-    assert [int(row[0]) for row in rows] == [0, *offsets(form)[4:], *([form.size] if rest else [])]
-    sizes = [int(row[1]) for row in (rows[:-1] if rest else rows)]
-    assert sum(sizes) == form.size
+    fixed = len(offsets(form)) - 3
+    assert [int(row[0]) for row in rows[: fixed + 1]] == [0, *offsets(form)[4:], form.size]
+    assert sum(int(row[1]) for row in rows[:fixed]) == form.size
+
+
+def test_what_follows_the_fixed_part_of_a_run() -> None:
+    """First the instances, then the ranges."""
+    instances, ranges = table(section("RUN"), "offset")[-2:]
+    assert [row[1] for row in (instances, ranges)] == ["4 each", "8 each"]
+    assert ranges[0] == f"{wire._RUN.size} + 4 an instance"
+    run = wire.encode_run(1, [11, 12, 13], 5, 0, [(7, 5)])
+    assert run[wire._RUN.size :] == struct.pack("<5I", 11, 12, 13, 7, 5)
+
+
+def test_what_follows_the_fixed_part_of_a_result() -> None:
+    assert table(section("RESULT"), "offset")[-1][1] == "8 each"
+    assert wire.encode_result(1, 2, [11, 12])[wire._RESULT.size :] == struct.pack("<2Q", 11, 12)
+
+
+def test_how_many_instances() -> None:
+    many = next(row[2] for row in table(section("RUN"), "offset") if row[2].startswith("instances"))
+    assert many == f"instances: how many, 1 to {wire.MAX_INSTANCES}"
+    heads = {row[1]: row[3] for row in table(section("Messages"), "type")}
+    assert (heads["RUN"], heads["RESULT"]) == ("ranges", "instances")
+    assert struct.unpack_from("<I", wire.encode_run(1, [1, 2, 3], 2, 0, [(0, 1), (4, 1)]), 4) == (2,)
+    assert struct.unpack_from("<I", wire.encode_result(1, 2, [3, 4, 5]), 4) == (3,)
 
 
 def test_a_range_has_eight_bytes() -> None:

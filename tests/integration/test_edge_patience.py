@@ -83,6 +83,7 @@ async def test_a_connection_in_use_is_not_closed(hasty: LocalGateway) -> None:
             await asyncio.sleep(0.2)
 
 
+@pytest.mark.slow
 async def test_a_client_that_never_reads(workers: Workers) -> None:
     """Answers that are not taken stop the reading of its requests, and after a while the connection is broken."""
     limits = Limits(stall_s=0.5, linger_s=0.1)
@@ -148,7 +149,7 @@ async def test_large_bodies_take_turns(workers: Workers) -> None:
         replies = await asking
     assert {reply.status for reply in replies} == {400}
     assert all("JSON cannot be read" in reply.error for reply in replies)
-    assert 40 << 20 < most < RECEIVED_AT_ONCE_BYTES + 40 * (256 << 10)
+    assert RECEIVED_AT_ONCE_BYTES / 2 < most < RECEIVED_AT_ONCE_BYTES + 40 * (256 << 10)
 
 
 async def test_a_client_that_leaves_while_it_waits_frees_its_turn(workers: Workers) -> None:

@@ -13,16 +13,8 @@ from pathlib import Path
 import pytest
 
 from ensemble_gateway.links import shared
-from tests.support.link_pairs import (
-    BATCH_ROWS,
-    BIG_INPUTS,
-    gateway,
-    mapped,
-    open_descriptors,
-    running,
-    worker_at,
-    worker_process,
-)
+from tests.support.link_members import BIG_INPUTS, INSTANCES
+from tests.support.link_pairs import BATCH_ROWS, gateway, mapped, open_descriptors, running, worker_at, worker_process
 from tests.support.link_strangers import (
     RING,
     shared_link,
@@ -41,6 +33,18 @@ async def test_thousands_of_batches_of_random_ranges(path: Path) -> None:
         await owner.run(3000, cancel=0.2)
         assert owner.checked_rows > 20_000
         assert owner.lost == []
+
+
+@pytest.mark.parametrize("copies", [False, True])
+async def test_several_instances_in_one_run(path: Path, copies: bool) -> None:
+    """Members that see the same rows: one RUN, one RESULT, every output of each of them in its place."""
+    async with running(worker_at(f"unix:{path}", copies=copies)) as worker, gateway(shared_link(path)) as owner:
+        await owner.run(400, most_members=6, cancel=0.1)
+        for instances in (INSTANCES, reversed(INSTANCES), [64, 1, 33]):
+            owner.send(5, 1, BATCH_ROWS - 6, instances=list(instances))
+        await owner.until(lambda: not owner.in_flight)
+        assert (owner.wrong, owner.lost) == ([], [])
+        assert worker.batches == owner.answered == 403
 
 
 async def test_gateways_share_a_worker(path: Path) -> None:

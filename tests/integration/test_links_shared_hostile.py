@@ -7,29 +7,24 @@ import gc
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from ensemble_contract import wire
-from ensemble_contract.layout import StoreLayout
+from ensemble_contract.layout import StoreLayout, result_offsets
 from ensemble_contract.ring import HEADER_BYTES, Ring
 from ensemble_gateway.links.shared import ARENA_BYTES, RING_BYTES
-from tests.support.link_pairs import (
-    DEADLINE_S,
-    INPUTS,
-    Gateway,
-    gateway,
-    open_descriptors,
-    running,
-    worker_at,
-)
+from tests.support.link_members import INPUTS, INSTANCES, OUTPUTS
+from tests.support.link_pairs import DEADLINE_S, Gateway, gateway, open_descriptors, running, worker_at
 from tests.support.link_strangers import (
     ARENA,
+    HOSTILE_RUNS,
     RING,
     false_shared_worker,
     goes_on,
+    result_of,
     shared_link,
     shared_stranger,
     state,
@@ -43,8 +38,8 @@ def path() -> Iterator[Path]:
         yield Path(folder) / "data.sock"
 
 
-def run(rows: int, ranges: list[tuple[int, int]], at: int = 0) -> bytes:
-    return wire.encode_run(7, 1, rows, at, ranges)
+def run(rows: int, ranges: list[tuple[int, int]], at: int = 0, instances: Sequence[int] = (1,)) -> bytes:
+    return wire.encode_run(7, instances, rows, at, ranges)
 
 
 RING_GARBAGE = {
@@ -54,6 +49,7 @@ RING_GARBAGE = {
     "a state": [wire.encode_control(wire.State("x", 1, (), True, 1))],
     "a put where rows are read in place": [wire.encode_put([(0, 1)], [(0, 1)])],
     "good, then bad": [run(1, [(0, 1)]), b"????????"],
+    **{name: [record] for name, record in HOSTILE_RUNS.items()},
 }
 
 
@@ -125,6 +121,27 @@ async def test_a_run_out_of_bounds_is_failed(path: Path, record: bytes, text: st
             assert isinstance(answer, wire.Failed)
             assert (answer.batch, answer.code) == (7, wire.FailureCode.BAD_REQUEST)
             assert text in answer.text
+            await owner.run(20)
+
+
+async def test_results_of_many_instances_need_so_much_more_room(path: Path) -> None:
+    """At the last place where one instance's 32 rows fit, those of several do not, and nothing is written there."""
+    at = ARENA - result_offsets(OUTPUTS, 32)[1]
+    async with running(worker_at(f"unix:{path}")), gateway(shared_link(path)) as owner:
+        with shared_stranger(path) as other:
+            other.greet()
+            await other.welcome()
+            arena = other.memory.memory[2 * 8192 :]
+            for instances in ((1, 2), INSTANCES):
+                other.write(run(32, [(0, 32)], at, instances))
+                answer = await other.answer()
+                assert isinstance(answer, wire.Failed)
+                assert "beyond the arena" in answer.text
+                assert not any(arena)
+            other.write(run(32, [(0, 32)], at))
+            assert isinstance(await other.answer(), wire.Result)
+            assert any(arena[at:])
+            assert not any(arena[:at])
             await owner.run(20)
 
 
@@ -225,8 +242,16 @@ async def test_a_worker_that_breaks_the_protocol_is_left_and_tried_again(path: P
 
 @pytest.mark.parametrize(
     "record",
-    [b"??", wire.encode_result(99, 1, 1), wire.PING, None],
-    ids=["noise", "unknown batch", "ping", "positions"],
+    [
+        b"??",
+        wire.encode_result(99, 1, [1]),
+        result_of(1, 0, claimed=0),
+        result_of(1, 65, claimed=65),
+        result_of(1, 1, claimed=2),
+        wire.PING,
+        None,
+    ],
+    ids=["noise", "unknown batch", "no instance", "65 instances", "fewer instances than said", "ping", "positions"],
 )
 async def test_a_ring_from_the_worker_that_is_spoilt_ends_the_link(path: Path, record: bytes | None) -> None:
     owner = Gateway()

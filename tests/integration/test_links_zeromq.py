@@ -16,9 +16,9 @@ import zmq
 from ensemble_contract import wire
 from ensemble_contract.keys import KeyFiles
 from ensemble_gateway.links import SILENCE_S
+from tests.support.link_members import BIG_INPUTS, INSTANCES
 from tests.support.link_pairs import (
     BATCH_ROWS,
-    BIG_INPUTS,
     DEADLINE_S,
     Gateway,
     free_port,
@@ -52,6 +52,17 @@ async def test_thousands_of_batches_of_random_ranges(address: str, linker: Linke
         await owner.run(2000, cancel=0.2)
         assert owner.checked_rows > 12_000
         assert owner.lost == []
+
+
+async def test_several_instances_in_one_run(address: str, linker: Linker) -> None:
+    """Members that see the same rows: one RUN, one RESULT, every output of each of them in its place."""
+    async with running(worker_at(address)) as worker, gateway(linker(address)) as owner:
+        await owner.run(400, most_members=6, cancel=0.1)
+        for instances in (INSTANCES, reversed(INSTANCES), [64, 1, 33]):
+            owner.send(5, 1, BATCH_ROWS - 6, instances=list(instances))
+        await owner.until(lambda: not owner.in_flight)
+        assert (owner.wrong, owner.lost) == ([], [])
+        assert worker.batches == owner.answered == 403
 
 
 async def test_gateways_share_a_worker(address: str, linker: Linker) -> None:

@@ -6,25 +6,20 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import pytest
 
 from ensemble_contract import wire
 from ensemble_gateway.links import SILENCE_S
-from tests.support.link_pairs import (
-    DEADLINE_S,
-    INPUTS,
-    Gateway,
-    free_port,
-    gateway,
-    running,
-    worker_at,
-)
+from tests.support.link_members import INPUTS, OUTPUTS
+from tests.support.link_pairs import DEADLINE_S, Gateway, free_port, gateway, running, worker_at
 from tests.support.link_strangers import (
+    HOSTILE_RUNS,
     Linker,
     false_worker,
     goes_on,
+    result_of,
     state,
     zeromq_links,
     zeromq_stranger,
@@ -98,6 +93,18 @@ async def test_a_worker_that_falls_silent_is_lost(address: str, linker: Linker) 
             owner.close()
 
 
+# To a RUN of three rows of these instances.
+Y, MARK, ANSWERED = (bytes(3 * spec.row_bytes) for spec in OUTPUTS)
+BAD_ANSWERS: dict[str, tuple[Sequence[int], list[bytes]]] = {
+    "one output": ((1,), [Y]),
+    "short outputs": ((1,), [Y, MARK, ANSWERED[:-8]]),
+    "two instances, rows of one": ((1, 2), [Y, MARK, ANSWERED]),
+    "two instances, one of them without an output": ((1, 2), [2 * Y, 2 * MARK, ANSWERED]),
+    "one instance, rows of two": ((1,), [2 * Y, 2 * MARK, 2 * ANSWERED]),
+    "an output of an instance in a frame of its own": ((1, 2), [Y, Y, MARK, MARK, ANSWERED, ANSWERED]),
+}
+
+
 @pytest.mark.parametrize(
     "replies",
     [
@@ -106,17 +113,30 @@ async def test_a_worker_that_falls_silent_is_lost(address: str, linker: Linker) 
         [[state(64, worker="another")]],
         [[state(64)], [state(65)]],
         [[state(1, instances=(wire.LiveInstance(1, "m", "d", 2, 0.1),))]],
-        [[state(64)], [wire.encode_result(99, 1, 1), b"", b""]],
-        [[state(64)], [wire.encode_run(1, 1, 1, 0, [(0, 1)])]],
-        [[state(64)], "one output"],
-        [[state(64)], "short outputs"],
+        [[state(64)], [wire.encode_result(99, 1, [1]), b"", b"", b""]],
+        [[state(64)], [wire.encode_run(1, [1], 1, 0, [(0, 1)])]],
+        [[state(64)], [result_of(1, 0, claimed=0)]],
+        [[state(64)], [result_of(1, 65, claimed=65)]],
+        [[state(64)], [result_of(1, 1, claimed=2)]],
+        *([[state(64)], answer] for answer in BAD_ANSWERS),
     ],
-    ids=["noise", "no cache", "other name", "other cache", "small cache", "unknown batch", "run", "output", "short"],
+    ids=[
+        "noise",
+        "no cache",
+        "other name",
+        "other cache",
+        "small cache",
+        "unknown batch",
+        "run",
+        "no instance",
+        "65 instances",
+        "fewer instances than said",
+        *BAD_ANSWERS,
+    ],
 )
 async def test_a_worker_that_breaks_the_protocol_is_left(
     address: str, linker: Linker, replies: list[list[bytes] | str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    answers = {"one output": [b"\0" * 48], "short outputs": [b"\0" * 48, b"\0" * 16]}
     owner = Gateway()
     owner.link = link = linker(address)(owner)
     try:
@@ -126,9 +146,10 @@ async def test_a_worker_that_breaks_the_protocol_is_left(
             for reply in replies:
                 if isinstance(reply, str):
                     await owner.until(lambda: bool(owner.states))
-                    batch = owner.send(3)
+                    instances, outputs = BAD_ANSWERS[reply]
+                    batch = owner.send(3, instances=instances)
                     assert batch is not None
-                    reply = [wire.encode_result(batch.id, 1, 1), *answers[reply]]
+                    reply = [wire.encode_result(batch.id, 1, [1] * len(instances)), *outputs]
                 worker.sock.send_multipart([identity, *reply])
             await owner.until(lambda: "it broke the protocol" in caplog.text)
             assert not link.connected
@@ -146,13 +167,14 @@ GARBAGE = {
     "nothing": [b""],
     "noise": [b"\xff" * 40],
     "a state": [state(64)],
-    "a result": [wire.encode_result(1, 1, 1)],
+    "a result": [wire.encode_result(1, 1, [1])],
     "put without tensors": [wire.encode_put([(0, 3)])],
     "put of one tensor": [wire.encode_put([(0, 3)]), X],
     "put of short tensors": [wire.encode_put([(0, 3)]), X, TAG[:-1]],
     "put of long tensors": [wire.encode_put([(0, 2)]), X, TAG],
     "put beyond the cache": [wire.encode_put([(254, 3)]), X, TAG],
     "put from the store": [wire.encode_put([(0, 3)], [(0, 3)]), X, TAG],
+    **{name: [record] for name, record in HOSTILE_RUNS.items()},
     "too large a frame": [wire.PING + bytes(4 << 20)],
 }
 
@@ -173,7 +195,7 @@ async def test_garbage_drops_its_gateway_only(address: str, linker: Linker, fram
 async def test_an_unknown_gateway_is_told_so(address: str, linker: Linker) -> None:
     async with running(worker_at(address)), gateway(linker(address)) as owner:
         with zeromq_stranger(address) as other:
-            for message in (wire.PING, wire.encode_run(1, 1, 1, 0, [(0, 1)])):
+            for message in (wire.PING, wire.encode_run(1, [1], 1, 0, [(0, 1)])):
                 other.sock.send(message)
                 await other.hear(wire.Bye)
             other.sock.send(wire.BYE)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import http.server
 import io
+import socket
+import subprocess
+import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from ensemble_contract.plan import ModelSource
@@ -49,3 +54,35 @@ async def test_a_member_is_downloaded_with_a_line_measured_and_then_known(tmp_pa
     assert all(point.memory_bytes > 0 and point.rows_per_s > 0 for point in measured.points)
     assert await measurer.measure({"cat": task}) == found
     assert len(said) == 2
+
+
+RUNNER = """
+import asyncio, sys
+from pathlib import Path
+from ensemble_contract.plan import ModelSource
+from ensemble_operator.measurements import Device
+from ensemble_operator.measuring import Measurer, Task
+source = ModelSource("cat", "d", sys.argv[1], "torch-export")
+measurer = Measurer((Device("cpu-0", "cpu", "K", 1 << 30, (0,)),), Path(sys.argv[2]), print)
+asyncio.run(measurer.measure({"cat": Task(source, False, (), (), (1,), 1.0)}))
+"""
+DEADLINE_S = 30.0
+
+
+def test_a_runner_that_is_killed_while_it_measures_leaves_nothing(tmp_path: Path) -> None:
+    """The measuring process hangs on a server that does not answer."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(DEADLINE_S)
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}/m.pt2"
+        with subprocess.Popen([sys.executable, "-c", RUNNER, uri, str(tmp_path)], stdout=subprocess.DEVNULL) as runner:
+            try:
+                connection, _ = server.accept()
+                started = psutil.Process(runner.pid).children(recursive=True)
+            finally:
+                runner.kill()
+        assert len(started) == 1
+        with connection:
+            deadline = time.monotonic() + DEADLINE_S
+            while started[0].is_running() and started[0].status() != psutil.STATUS_ZOMBIE:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)

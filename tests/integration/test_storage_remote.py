@@ -214,7 +214,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    import s3fs  # type: ignore[import-untyped]
+    import s3fs
 
     files = s3fs.S3FileSystem(skip_instance_cache=True)
     files.mkdir("bucket")

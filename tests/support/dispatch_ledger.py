@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import Counter
 
 from ensemble_contract.wire import LiveInstance, State
-from ensemble_gateway.dispatcher import Batch, Dispatcher
+from ensemble_gateway.batches import FUSE_S, Batch
+from ensemble_gateway.dispatcher import Dispatcher
 from ensemble_gateway.lanes import Lane
 from ensemble_gateway.queues import Request, bits
 from ensemble_gateway.rowstore import SlotAllocator
@@ -55,24 +56,30 @@ class Ledger:
         """Give out what the dispatcher wants to give out now."""
         batches = self.dispatcher.assign(self.now)
         for batch in batches:
-            lane, member = batch.lane, batch.instance.member
+            lane = batch.lane
             assert batch.id not in self.running
-            assert lane.instances[member] is batch.instance, "a lane gets only what it hosts"
-            assert 1 <= batch.rows <= batch.instance.batch_size
+            assert batch.instances
+            assert len({one.member for one in batch.instances}) == len(batch.instances)
+            for one in batch.instances:
+                assert lane.instances[one.member] is one, "a lane gets only what it hosts"
+                assert 1 <= batch.rows <= one.batch_size
             assert batch.rows == sum(entry.rows for entry in batch.entries)
             assert batch.ranges == [(entry.start, entry.rows) for entry in batch.entries]
             assert 1 <= len(lane.batches) <= lane.credits
-            assert len(batch.entries) == 1 or not any(entry.alone for entry in batch.entries)
+            if any(entry.alone for entry in batch.entries):
+                assert len(batch.entries) == len(batch.instances) == 1
+            if len(batch.instances) > 1:
+                assert batch.expected_s <= FUSE_S * 1.001
             self.running[batch.id] = batch
             for row in _rows_of(batch):
                 assert row[0] in self.open, "rows of a finished request are not given out"
-                assert row[0].wanted >> member & 1
+                assert row[0].wanted >> row[1] & 1
                 assert row not in self.given, "a row is never given twice at once to a member"
                 self.given.add(row)
         return batches
 
-    def answer(self, batch: Batch, compute_s: float) -> list[Request]:
-        """A worker answers a batch."""
+    def answer(self, batch: Batch, *compute_s: float) -> list[Request]:
+        """A worker answers a batch; each of its instances took so long."""
         taken = self.dispatcher.take(batch.id, self.now)
         assert taken is batch
         self._take_back(batch)
@@ -109,7 +116,7 @@ class Ledger:
         """A worker says what it can run: batches of instances that it has no more are given up."""
         living = {live.id for live in state.instances}
         for batch in list(self.running.values()):
-            if batch.lane.worker == state.worker and batch.instance.id not in living:
+            if batch.lane.worker == state.worker and any(one.id not in living for one in batch.instances):
                 self._take_back(batch)
         return self._end(self.dispatcher.update(state))
 
@@ -174,17 +181,31 @@ class Ledger:
 
 
 def _rows_of(batch: Batch) -> list[tuple[Request, int, int]]:
-    member = batch.instance.member
     return [
-        (entry.request, member, slot)
+        (entry.request, one.member, slot)
+        for one in batch.instances
         for entry in batch.entries
         for slot in range(entry.start, entry.start + entry.rows)
     ]
 
 
-def hosting(ledger: Ledger, worker: str, *members: int, size: int = 8, serial: bool = True, first_id: int = 1) -> None:
-    """A worker with these members, each taking 10 ms for a row."""
-    live = tuple(LiveInstance(first_id + m, *ledger.members[m], size, 0.01 * size) for m in members)
+def member_of(batch: Batch) -> int:
+    """The only member of a batch."""
+    (instance,) = batch.instances
+    return instance.member
+
+
+def hosting(
+    ledger: Ledger,
+    worker: str,
+    *members: int,
+    size: int = 8,
+    serial: bool = True,
+    first_id: int = 1,
+    row_s: float = 0.01,
+) -> None:
+    """A worker with these members, each taking `row_s` for a row."""
+    live = tuple(LiveInstance(first_id + m, *ledger.members[m], size, row_s * size) for m in members)
     ledger.update(State(worker, 1, live, serial, 2))
 
 
@@ -199,4 +220,9 @@ def admitted(
 
 def given(batches: list[Batch]) -> list[tuple[str, int, int]]:
     """Worker, member and rows of each batch."""
-    return [(batch.lane.worker, batch.instance.member, batch.rows) for batch in batches]
+    return [(batch.lane.worker, member_of(batch), batch.rows) for batch in batches]
+
+
+def given_together(batches: list[Batch]) -> list[tuple[str, tuple[int, ...], int]]:
+    """Worker, members in order and rows of each batch."""
+    return [(batch.lane.worker, tuple(sorted(one.member for one in batch.instances)), batch.rows) for batch in batches]

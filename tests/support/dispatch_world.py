@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from itertools import count
 
 from ensemble_contract.wire import LiveInstance, State
-from ensemble_gateway.dispatcher import Batch
+from ensemble_gateway.batches import Batch
 from ensemble_gateway.queues import Request
 from tests.support.dispatch_ledger import Ledger, Pair
 
@@ -51,7 +51,11 @@ Fate = Callable[[Batch], str]
 
 
 class World:
-    """Devices that run a ledger's batches; `restart_s` after a loss a device is back."""
+    """Devices that run a ledger's batches; `restart_s` after a loss a device is back.
+
+    `message_s` is how long the gateway, which does one thing at a time, is busy with a batch: half of it before the
+    batch leaves, half when it comes back.
+    """
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class World:
         devices: list[Device],
         *,
         round_trip_s: float = 0.00025,
+        message_s: float = 0.0,
         max_delay_s: float = 0.0,
         fate: Fate = lambda _: "answer",
         restart_s: float = 1.0,
@@ -69,6 +74,7 @@ class World:
         self.began = self.ledger.now
         self.batches = 0
         self._round_trip_s = round_trip_s
+        self._message_s = message_s
         self._fate = fate
         self._restart_s = restart_s
         self._on_end = on_end
@@ -106,7 +112,7 @@ class World:
             if at >= until:
                 return
             if event_at is not None and event_at <= at:
-                self._turn(heappop(self._events)[2]())
+                self._turn(self._happen())
             else:
                 self._turn(self.ledger.expire())
         raise AssertionError(f"the world does not come to rest within {max_events} events")
@@ -125,6 +131,13 @@ class World:
     def lose(self, name: str) -> list[Request]:
         """A worker dies, and is back later."""
         return self._fall(name)
+
+    def _happen(self) -> list[Request]:
+        """The next event, and those that came while the gateway was busy with it: they share a turn."""
+        ended = heappop(self._events)[2]()
+        while self._message_s and self._events and self._events[0][0] <= self.ledger.now:
+            ended += heappop(self._events)[2]()
+        return ended
 
     def _schedule(self, delay_s: float, what: Callable[[], list[Request]]) -> None:
         heappush(self._events, (self.ledger.now + delay_s, next(self._order), what))
@@ -145,6 +158,7 @@ class World:
     def _turn(self, ended: list[Request]) -> None:
         for batch in self.ledger.assign():
             self.batches += 1
+            self.ledger.now += self._message_s / 2
             self._send(batch)
         for request in ended:
             self._on_end(request)
@@ -152,9 +166,9 @@ class World:
     def _send(self, batch: Batch) -> None:
         device = self.devices[batch.lane.worker]
         now, way_s = self.ledger.now, self._round_trip_s / 2
-        key = 0 if device.serial else batch.instance.id
-        takes_s = device.seconds[batch.instance.member](batch.rows)
-        ends = max(now + way_s, device.free_at.get(key, 0.0)) + takes_s
+        key = 0 if device.serial else batch.instances[0].id
+        takes_s = [device.seconds[one.member](batch.rows) for one in batch.instances]
+        ends = max(now + way_s, device.free_at.get(key, 0.0)) + sum(takes_s)
         device.free_at[key] = ends
         fate = self._fate(batch)
         if fate == "hang":
@@ -162,12 +176,13 @@ class World:
         elif ends < float("inf"):
             self._schedule(ends + way_s - now, lambda: self._arrive(batch, fate, takes_s))
 
-    def _arrive(self, batch: Batch, fate: str, takes_s: float) -> list[Request]:
+    def _arrive(self, batch: Batch, fate: str, takes_s: list[float]) -> list[Request]:
         if self.ledger.running.get(batch.id) is not batch:
             return []
-        self.devices[batch.lane.worker].busy_s += takes_s
+        self.ledger.now += self._message_s / 2
+        self.devices[batch.lane.worker].busy_s += sum(takes_s)
         if fate == "lose":
             return self._fall(batch.lane.worker)
         if fate == "fail":
             return self.ledger.fail(batch, "it did not like these rows")
-        return self.ledger.answer(batch, takes_s)
+        return self.ledger.answer(batch, *takes_s)

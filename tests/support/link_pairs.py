@@ -15,7 +15,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from ensemble_contract.keys import KeyFiles
 from ensemble_contract.layout import StoreLayout
 from ensemble_contract.tensors import TensorSpec
 from ensemble_contract.wire import Failed, FailureCode, LiveInstance, Result, State
-from ensemble_gateway.dispatcher import Batch
+from ensemble_gateway.batches import Batch
 from ensemble_gateway.lanes import Instance, Lane, Latency
 from ensemble_gateway.links import Link
 from ensemble_gateway.links.shared import SharedMemory
@@ -33,23 +32,12 @@ from ensemble_worker.gather import HostRows
 from ensemble_worker.links import LinkServer, Rows, StateMaker, Work
 from ensemble_worker.links.shared import SharedServer
 from ensemble_worker.links.zeromq import ZeroMQServer
+from tests.support.link_members import INPUTS, INSTANCES, OUTPUTS, Array, model, stacked
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 20.0
 NAME = "worker-0"
 BATCH_ROWS = 32
-Array = np.ndarray[Any, np.dtype[Any]]
-
-INPUTS = (TensorSpec("x", "FP32", (8,)), TensorSpec("tag", "INT64", (1,)))
-BIG_INPUTS = (TensorSpec("x", "FP32", (3, 224, 224)), TensorSpec("tag", "INT64", (1,)))
-OUTPUTS = (TensorSpec("y", "FP32", (4,)), TensorSpec("tag", "INT64", (1,)))
-
-
-def model(inputs: Sequence[Array]) -> list[Array]:
-    """What every worker here computes: each row's answer tells which row it was."""
-    x, tag = inputs
-    flat = x.reshape(len(x), -1)
-    return [(flat[:, [0, 1, -2, -1]] * 2 + tag).astype(np.float32), tag * 3]
 
 
 def free_port() -> int:
@@ -87,7 +75,8 @@ class NumpyWorker:
 
     def _state_for(self, gateways: int, cache_rows: int) -> State:
         self.gateways = gateways
-        return State(NAME, 1, (LiveInstance(1, "m", "d", BATCH_ROWS, 0.001),), True, self.credits, cache_rows)
+        live = tuple(LiveInstance(one, f"m{one}", "d", BATCH_ROWS, 0.001) for one in INSTANCES)
+        return State(NAME, 1, live, True, self.credits, cache_rows)
 
     def _run(self) -> None:
         waiting: list[Work] = []
@@ -104,7 +93,8 @@ class NumpyWorker:
             peer.fail(run, FailureCode.BAD_REQUEST, f"a range ends at {end}, beyond slot {peer.rows.slots}")
             return
         self.batches += 1
-        peer.answer(run, model(peer.rows.gather(run.ranges)), 1000, 1)
+        rows = peer.rows.gather(run.ranges)
+        peer.answer(run, [model(rows, one) for one in run.instances], [1000 * one for one in run.instances], 1)
 
     def open_gate(self) -> None:
         self.gate.set()
@@ -155,7 +145,7 @@ class Gateway:
     def __init__(self, slots: int = 256, inputs: Sequence[TensorSpec] = INPUTS, seed: int = 0) -> None:
         layout = StoreLayout(tuple(inputs), slots)
         self.memory = SharedMemory("ensemble-store", layout.total_bytes)
-        self.store = RowStore(layout, self.memory.memory, OUTPUTS, 1)
+        self.store = RowStore(layout, self.memory.memory, OUTPUTS, len(INSTANCES))
         self.link: Link | None = None
         self.states: list[State] = []
         self.lost: list[str] = []
@@ -168,7 +158,7 @@ class Gateway:
         self._ids = count(1)
         self._tags = count(1)
         self._changed = asyncio.Event()
-        self._instance = Instance(1, 0, BATCH_ROWS, Latency(BATCH_ROWS, 0.001))
+        self._instances = [Instance(one, 0, BATCH_ROWS, Latency(BATCH_ROWS, 0.001)) for one in INSTANCES]
 
     # -- what the link tells --------------------------------------------------------------------------------------
 
@@ -179,6 +169,8 @@ class Gateway:
     def worker_result(self, result: Result, outputs: Sequence[Array]) -> None:
         batch, wanted = self.in_flight.pop(result.batch)
         self.answered += 1
+        if result.compute_ns != tuple(1000 * one.id for one in batch.instances):
+            self.wrong.append(f"batch {batch.id}: {result.compute_ns} for {batch.instances}")
         at = 0
         for entry in batch.entries:
             rows = slice(at, at + entry.rows)
@@ -187,9 +179,9 @@ class Gateway:
                 continue
             self.checked_rows += entry.rows
             for got, want in zip(outputs, wanted, strict=True):
-                if not np.array_equal(got[rows], want[rows]):
+                if got.dtype != want.dtype or not np.array_equal(got[:, rows], want[:, rows]):
                     self.wrong.append(
-                        f"batch {batch.id}, slots {entry.start}+{entry.rows}: {got[rows]} for {want[rows]}"
+                        f"batch {batch.id}, slots {entry.start}+{entry.rows}: {got[:, rows]} for {want[:, rows]}"
                     )
         self._free_all(batch)
 
@@ -210,8 +202,8 @@ class Gateway:
 
     # -- what the test does ---------------------------------------------------------------------------------------
 
-    def make_batch(self, *row_counts: int) -> Batch | None:
-        """A batch of one request of each count, with new rows; None if the store is full."""
+    def make_batch(self, *row_counts: int, instances: Sequence[int] = (1,)) -> Batch | None:
+        """A batch of one request of each count, with new rows, for these instances; None if the store is full."""
         entries: list[Entry] = []
         for rows in row_counts:
             ranges = self.store.allocator.take(rows)
@@ -223,13 +215,14 @@ class Gateway:
             self._fill(ranges, rows)
             entries += [Entry(request, start, length) for start, length in ranges]
         lane = Lane(NAME, "", 2, {})
-        return Batch(next(self._ids), lane, self._instance, entries, sum(row_counts), 0.001, 0.0, 0.0)
+        chosen = tuple(self._instances[one - 1] for one in instances)
+        return Batch(next(self._ids), lane, chosen, entries, sum(row_counts), 0.001, 0.0, 0.0)
 
-    def send(self, *row_counts: int, flush: bool = True) -> Batch | None:
+    def send(self, *row_counts: int, instances: Sequence[int] = (1,), flush: bool = True) -> Batch | None:
         assert self.link is not None
-        batch = self.make_batch(*row_counts)
+        batch = self.make_batch(*row_counts, instances=instances)
         if batch is not None:
-            self.in_flight[batch.id] = (batch, model(self.store.read(batch.ranges)))
+            self.in_flight[batch.id] = (batch, stacked(self.store.read(batch.ranges), instances))
             self.link.send(batch)
             if flush:
                 self.link.flush()
@@ -260,12 +253,23 @@ class Gateway:
         link.start()
         await self.until(lambda: bool(self.states))
 
-    async def run(self, batches: int, *, in_flight: int = 4, cancel: float = 0.0, most_rows: int = BATCH_ROWS) -> None:
+    async def run(
+        self,
+        batches: int,
+        *,
+        in_flight: int = 4,
+        cancel: float = 0.0,
+        most_rows: int = BATCH_ROWS,
+        most_members: int = 1,
+    ) -> None:
         """Random batches, so many in flight; a share of requests is given up meanwhile, and their slots reused."""
         goal = self.answered + batches
         sent = 0
         while self.answered < goal:
-            while sent < batches and len(self.in_flight) < in_flight and self.send(*self._row_counts(most_rows)):
+            while sent < batches and len(self.in_flight) < in_flight:
+                members = self.rng.permutation(INSTANCES)[: self.rng.integers(1, most_members + 1)].tolist()
+                if self.send(*self._row_counts(most_rows), instances=members) is None:
+                    break
                 sent += 1
             if cancel and self.in_flight:
                 for entry in next(reversed(self.in_flight.values()))[0].entries:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,8 @@ from ensemble_contract.plan import WorkerAddress
 from ensemble_contract.ring import HEADER_BYTES, Ring
 from ensemble_gateway.links.shared import SharedLink, SharedMemory
 from ensemble_gateway.links.zeromq import ZeroMQLink
-from tests.support.link_pairs import DEADLINE_S, INPUTS, NAME, Gateway, NumpyWorker
+from tests.support.link_members import INPUTS
+from tests.support.link_pairs import DEADLINE_S, NAME, Gateway, NumpyWorker
 
 RING = HEADER_BYTES + 4096
 ARENA = 1 << 16
@@ -62,6 +64,29 @@ def state(cache_rows: int = 0, **more: object) -> bytes:
         **more,
     }
     return wire.encode_control(wire.State(**fields))  # type: ignore[arg-type]
+
+
+def run_of(many: int, *, claimed: int) -> bytes:
+    """A RUN of one row with the ids of `many` instances, which claims to have `claimed`."""
+    record = wire.encode_run(7, [1], 1, 0, [(0, 1)])
+    return (
+        record[:16] + struct.pack("<I", claimed) + record[20:32] + struct.pack(f"<{many}I", *range(many)) + record[36:]
+    )
+
+
+def result_of(batch: int, many: int, *, claimed: int) -> bytes:
+    """A RESULT with the times of `many` instances, which claims to have `claimed`."""
+    record = wire.encode_result(batch, 1, [1])
+    return record[:4] + struct.pack("<I", claimed) + record[8:24] + bytes(8 * many)
+
+
+HOSTILE_RUNS = {
+    "a run of no instance": run_of(0, claimed=0),
+    "a run of 65 instances": run_of(65, claimed=65),
+    "a run of 4 billion instances": run_of(1, claimed=0xFFFF_FFFF),
+    "a run of fewer instances than it says": run_of(1, claimed=2),
+    "a run of more instances than it says": run_of(3, claimed=1),
+}
 
 
 async def goes_on(worker: NumpyWorker, owner: Gateway) -> None:

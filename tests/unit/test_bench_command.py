@@ -11,7 +11,7 @@ import pytest
 
 from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.answer_stream import Answer, AnswerStream, Known, NotHttp
-from ensemble_operator.bench import Bench
+from ensemble_operator.bench import Bench, Prediction
 from ensemble_operator.bench_report import bench_document, bench_table, headline, remarks
 from ensemble_operator.bench_target import Target, TargetUnusable, find_target, inputs_of
 from ensemble_operator.latencies import Latencies
@@ -42,7 +42,12 @@ class TestAnswerStream:
     @pytest.mark.parametrize("step", [1, 7, 1000])
     def test_however_the_bytes_come(self, step: int) -> None:
         stream = AnswerStream(Known())
-        messages = [answer(), answer(PARTIAL), error("503 Busy", "the store is full"), answer(more="Connection: close\r\n")]
+        messages = [
+            answer(),
+            answer(PARTIAL),
+            error("503 Busy", "the store is full"),
+            answer(more="Connection: close\r\n"),
+        ]
         found = []
         for message in messages:
             parts = [stream.feed(message[i : i + step]) for i in range(0, len(message), step)]
@@ -251,10 +256,13 @@ class TestTarget:
 
 
 class TestReport:
-    RESULT = Result(requests=90, rows_per_s=80.0, requests_per_s=80.0, p50_ms=10.0, failures={"HTTP 503": 3}, example="full")
+    RESULT = Result(
+        requests=90, rows_per_s=80.0, requests_per_s=80.0, p50_ms=10.0, failures={"HTTP 503": 3}, example="full"
+    )
 
     def bench(self, predicted: float | None) -> Bench:
-        return Bench(Target("::1", 8000, "m", (X,)), load(), self.RESULT, predicted)
+        prediction = Prediction(predicted, batch_rows=128) if predicted else None
+        return Bench(Target("::1", 8000, "m", (X,)), load(), self.RESULT, prediction)
 
     def test_predicted_against_measured(self) -> None:
         table = bench_table(self.bench(200.0))
@@ -263,7 +271,7 @@ class TestReport:
         assert remarks(self.bench(200.0)) == [
             "3 requests failed: HTTP 503",
             "the first said: full",
-            "the prediction is for devices that always have full batches: try more --clients or --rows",
+            "2 rows under way at most, and full batches take 128: more --clients or --rows come closer",
         ]
 
     def test_without_a_plan(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ensemble_contract.wire import LiveInstance, State
-from tests.support.dispatch_ledger import Ledger, admitted, given, hosting
+from tests.support.dispatch_ledger import Ledger, admitted, given, hosting, member_of
 
 
 def test_a_request_goes_to_all_its_members_and_is_finished_by_the_last() -> None:
@@ -66,7 +66,7 @@ def test_the_deadline_with_a_quorum_is_an_answer() -> None:
     ledger = Ledger(3)
     hosting(ledger, "w0", 0, 1, 2, serial=False)
     request = admitted(ledger, quorum=2, timeout_s=0.5)
-    batches = {batch.instance.member: batch for batch in ledger.assign()}
+    batches = {member_of(batch): batch for batch in ledger.assign()}
     ledger.answer(batches[0], 0.01)
     assert ledger.answer(batches[2], 0.01) == [], "until the deadline all members are awaited"
     at = ledger.dispatcher.next_at()
@@ -118,7 +118,7 @@ def test_a_request_that_waits_for_nothing_but_a_lost_member_is_finished_by_the_l
     hosting(ledger, "w1", 1)
     request = admitted(ledger, quorum=1)
     batches = ledger.assign()
-    assert ledger.answer(next(b for b in batches if b.instance.member == 0), 0.01) == []
+    assert ledger.answer(next(b for b in batches if member_of(b) == 0), 0.01) == []
     assert ledger.lose("w1") == [request]
     assert request.done == 0b01
 

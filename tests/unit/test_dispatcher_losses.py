@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ensemble_contract.wire import LiveInstance, State
-from tests.support.dispatch_ledger import Ledger, admitted, given, hosting
+from tests.support.dispatch_ledger import Ledger, admitted, given, hosting, member_of
 
 
 def test_rows_of_a_lost_worker_are_retried_elsewhere() -> None:
@@ -27,7 +27,7 @@ def test_rows_that_lose_two_workers_fail_with_both_names() -> None:
         hosting(ledger, worker, 0)
         hosting(ledger, f"other-{worker}", 1)
     request = admitted(ledger)
-    poison = next(batch for batch in ledger.assign() if batch.instance.member == 0)
+    poison = next(batch for batch in ledger.assign() if member_of(batch) == 0)
     assert ledger.lose(poison.lane.worker) == []
     (again,) = ledger.assign()
     assert ledger.lose(again.lane.worker) == [request]
@@ -89,7 +89,7 @@ def test_a_failed_batch_of_one_request_is_its_failure_with_member_worker_and_cau
     assert ledger.fail(batch, "shape mismatch") == [request], "without a quorum left it does not wait for the others"
     assert request.failure is not None
     assert request.failure.status == 500
-    assert request.failure.message == f"member m{batch.instance.member}: worker w0: shape mismatch"
+    assert request.failure.message == f"member m{member_of(batch)}: worker w0: shape mismatch"
 
 
 def test_a_failed_member_does_not_cost_the_others_their_quorum() -> None:
@@ -100,7 +100,7 @@ def test_a_failed_member_does_not_cost_the_others_their_quorum() -> None:
     assert ledger.fail(first, "no memory") == []
     assert ledger.answer(second, 0.01) == [request]
     assert request.failure is None
-    assert request.done == 1 << second.instance.member
+    assert request.done == 1 << member_of(second)
 
 
 def test_a_failed_batch_of_several_requests_is_tried_again_each_alone() -> None:
@@ -152,12 +152,12 @@ def test_an_instance_that_goes_gives_its_rows_to_another_and_the_others_go_on() 
     hosting(ledger, "w1", 1)
     request = admitted(ledger)
     batches = ledger.assign()
-    running = {batch.instance.member: batch for batch in batches if batch.lane.worker == "w0"}
+    running = {member_of(batch): batch for batch in batches if batch.lane.worker == "w0"}
     hosting(ledger, "w0", 0)
     assert ledger.dispatcher.in_flight("w0") == 1, "member 0's batch is still there"
     ledger.assign()
     assert ledger.answer(running[0], 0.01) == []
-    (other,) = [batch for batch in ledger.running.values() if batch.instance.member == 1]
+    (other,) = [batch for batch in ledger.running.values() if member_of(batch) == 1]
     assert other.lane.worker == "w1"
     assert ledger.answer(other, 0.01) == [request]
 

@@ -6,6 +6,7 @@ All devices are equally fast here, so that there is never a reason to let an idl
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -13,14 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from ensemble_contract.wire import LiveInstance, State
-from ensemble_gateway.dispatcher import Batch
+from ensemble_gateway.batches import Batch
 from ensemble_gateway.queues import Request
 from tests.support.dispatch_ledger import Ledger
 from tests.support.dispatch_world import Device, World, affine
 
 MEMBERS = 3
 WORKERS = 3
-ROW_S = 0.002
+# Too long for several members to run as one batch, and brief enough.
+ROWS_S = (0.002, 0.00001)
 PICK = st.integers(0, 1 << 16)
 
 
@@ -32,10 +34,12 @@ class DispatcherMachine(RuleBasedStateMachine):
         self.ledger = Ledger(MEMBERS, slots=60)
         self.hosted: dict[str, dict[int, int]] = {}
         self.serial: dict[str, bool] = {}
+        self.row_s = 0.0
         self.next_id = 1
 
-    @initialize(serial=st.lists(st.booleans(), min_size=WORKERS, max_size=WORKERS))
-    def start(self, serial: list[bool]) -> None:
+    @initialize(serial=st.lists(st.booleans(), min_size=WORKERS, max_size=WORKERS), row_s=st.sampled_from(ROWS_S))
+    def start(self, serial: list[bool], row_s: float) -> None:
+        self.row_s = row_s
         self.serial = {f"w{index}": one for index, one in enumerate(serial)}
 
     @rule(
@@ -50,7 +54,7 @@ class DispatcherMachine(RuleBasedStateMachine):
             ids[member] = before.get(member, self.next_id)
             self.next_id += 1
         self.hosted[name] = ids
-        live = tuple(LiveInstance(ids[m], *self.ledger.members[m], size, size * ROW_S) for m in ids)
+        live = tuple(LiveInstance(ids[m], *self.ledger.members[m], size, size * self.row_s) for m in ids)
         self.ledger.update(State(name, 1, live, self.serial[name], 2))
 
     @rule(worker=PICK)
@@ -87,7 +91,7 @@ class DispatcherMachine(RuleBasedStateMachine):
     def _idle(self) -> list[set[int]]:
         """The members of each idle lane."""
         busy_workers = {batch.lane.worker for batch in self.ledger.running.values()}
-        busy_instances = {batch.instance.id for batch in self.ledger.running.values()}
+        busy_instances = {one.id for batch in self.ledger.running.values() for one in batch.instances}
         idle: list[set[int]] = []
         for name, ids in self.hosted.items():
             if not self.serial[name]:
@@ -95,6 +99,9 @@ class DispatcherMachine(RuleBasedStateMachine):
             elif name not in busy_workers:
                 idle.append(set(ids))
         return idle
+
+    def _answer(self, batch: Batch) -> None:
+        self.ledger.answer(batch, *[batch.rows * self.row_s] * len(batch.instances))
 
     def _pick(self, which: int) -> Batch:
         batches = list(self.ledger.running.values())
@@ -105,7 +112,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         if not self.ledger.running:
             return
         batch = self._pick(which)
-        self.ledger.answer(batch, batch.rows * ROW_S)
+        self._answer(batch)
 
     @rule(which=PICK)
     def fail(self, which: int) -> None:
@@ -126,7 +133,8 @@ class DispatcherMachine(RuleBasedStateMachine):
         if not self.ledger.running:
             return
         batch = self._pick(which)
-        self.hosted[batch.lane.worker].pop(batch.instance.member)
+        for one in batch.instances:
+            del self.hosted[batch.lane.worker][one.member]
         self.ledger.unknown(batch)
 
     @rule(seconds=st.sampled_from([0.0, 0.001, 0.01, 0.1, 3.0]))
@@ -158,7 +166,7 @@ class DispatcherMachine(RuleBasedStateMachine):
             self.assign()
             if not self.ledger.running:
                 break
-            self.answer(0)
+            self._answer(self._pick(0))
         assert not self.ledger.open, "nobody starves"
         assert self.ledger.allocator.free_slots == self.ledger.allocator.slots, "every slot is free again"
 
@@ -174,8 +182,8 @@ def chaos(seed: int) -> World:
     devices = []
     for index in range(dice.randint(1, 5)):
         hosted = [member for member in range(members) if dice.random() < 0.7] or [dice.randrange(members)]
-        scale = dice.choice([0.0001, 0.001, 0.01])
-        seconds = {member: affine(0.0002, dice.uniform(0.5, 2) * scale) for member in hosted}
+        scale, fixed_s = dice.choice([(1e-6, 1e-5), (1e-5, 5e-5), (0.0001, 0.0002), (0.001, 0.0002), (0.01, 0.0002)])
+        seconds = {member: affine(fixed_s, dice.uniform(0.5, 2) * scale) for member in hosted}
         batch_size, serial = dice.choice([1, 4, 32]), dice.random() < 0.5
         credits_ = dice.choice([1, 2])
         devices.append(Device(f"w{index}", seconds, batch_size, serial, dice.choice("ab"), credits_))
@@ -183,7 +191,12 @@ def chaos(seed: int) -> World:
         ["answer"] * 200 + ["fail"] * dice.randint(0, 3) + ["lose"] * dice.randint(0, 3) + ["hang"] * dice.randint(0, 1)
     )
     world = World(
-        members, devices, fate=lambda _: dice.choice(fates), max_delay_s=dice.choice([0, 0.002]), restart_s=0.5
+        members,
+        devices,
+        message_s=dice.choice([0, 0.00012]),
+        fate=lambda _: dice.choice(fates),
+        max_delay_s=dice.choice([0, 0.002]),
+        restart_s=0.5,
     )
     ledger = world.ledger
 
@@ -203,9 +216,36 @@ def chaos(seed: int) -> World:
     return world
 
 
+def tiny(seed: int) -> World:
+    """A world in which nearly all batches are of several members: brief ones on serial lanes, under many clients."""
+    dice = random.Random(seed)
+    members = dice.randint(2, 8)
+    devices = [
+        Device(
+            f"w{index}", {m: affine(1e-5, dice.uniform(0.5, 2) * 1e-6) for m in range(members)}, dice.choice([4, 64])
+        )
+        for index in range(dice.randint(1, 3))
+    ]
+    fates = ["answer"] * 300 + ["fail"] * dice.randint(0, 3) + ["lose"] * dice.randint(0, 2)
+    world = World(members, devices, message_s=dice.choice([0, 0.0001]), fate=lambda _: dice.choice(fates))
+    ledger = world.ledger
+
+    def ask() -> None:
+        request = ledger.admit(dice.choice([1, 1, 1, 3, 70]), quorum=dice.randint(1, members), timeout_s=5)
+        if request is not None and dice.random() < 0.1:
+            world.after(dice.uniform(0, 0.001), lambda: ledger.cancel(request))
+
+    for _ in range(300):
+        world.after(dice.uniform(0, 0.03), ask)
+    return world
+
+
+@pytest.mark.parametrize("make", [chaos, tiny])
 @pytest.mark.parametrize("seed", range(25))
-def test_whatever_happens_every_request_ends_once_and_every_slot_is_freed(seed: int) -> None:
-    world = chaos(seed)
+def test_whatever_happens_every_request_ends_once_and_every_slot_is_freed(
+    seed: int, make: Callable[[int], World]
+) -> None:
+    world = make(seed)
     world.run(for_s=60)
     world.ledger.check_poison()
     assert not world.ledger.open

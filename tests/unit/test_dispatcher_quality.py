@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
+from ensemble_gateway import batches, dispatcher
 from ensemble_gateway.queues import Request
 from tests.support.dispatch_world import Device, World, affine
 
 ROUND_TRIP_S = 0.00025
+MESSAGE_S = 0.00012
 Seconds = dict[int, Callable[[int], float]]
 
 
@@ -36,9 +38,9 @@ def makespan_s(world: World, rows: int, warm: int = 4) -> float:
 class Clients:
     """So many clients, each asking for one row again as soon as it is answered."""
 
-    def __init__(self, number: int, members: int, all_devices: list[Device]) -> None:
+    def __init__(self, number: int, members: int, all_devices: list[Device], message_s: float = 0.0) -> None:
         self.waits_s: list[float] = []
-        self.world = World(members, all_devices, round_trip_s=ROUND_TRIP_S, on_end=self._answered)
+        self.world = World(members, all_devices, round_trip_s=ROUND_TRIP_S, message_s=message_s, on_end=self._answered)
         for index in range(number):
             self.world.after(index * 1e-5, self._ask)
 
@@ -150,6 +152,46 @@ def test_sixty_four_clients_on_unequal_lanes_lose_little() -> None:
     slow = Device("slow", {member: affine(0, 0.003) for member in range(4)})
     _, rate = Clients(64, 4, [slow, fast]).busy(0.5, 2.0)
     assert rate > 0.93 * (1000 + 333) / 4
+
+
+def rate(clients: int, member_s: float) -> float:
+    """Rows per second of four equal members on two lanes, where a batch keeps the gateway busy for 0.12 ms."""
+    _, rows_per_s = Clients(clients, 4, devices(2, dict.fromkeys(range(4), affine(member_s))), MESSAGE_S).busy(0.1, 0.2)
+    return rows_per_s
+
+
+@pytest.mark.parametrize(
+    ("member_s", "messages", "computing_s"),
+    [(0.00002, 1, 0.00008), (0.00005, 1, 0.0002), (0.00008, 2, 0.00016), (0.00012, 2, 0.00024), (0.0002, 2, 0.0004)],
+)
+def test_one_row_goes_in_as_few_messages_as_its_lanes_are_worth(
+    member_s: float, messages: int, computing_s: float
+) -> None:
+    world = World(4, devices(2, dict.fromkeys(range(4), affine(member_s))), message_s=MESSAGE_S)
+    makespan_s(world, 1)
+    before = world.batches
+    took_s = makespan_s(world, 1, warm=0)
+    assert world.batches - before == messages
+    assert took_s < ROUND_TRIP_S + computing_s + messages * MESSAGE_S + 1e-9
+
+
+@pytest.mark.parametrize(("clients", "factor"), [(1, 1.15), (8, 1.4), (64, 1.4)])
+def test_tiny_members_are_served_faster_together_than_apart(
+    clients: int, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = rate(clients, 0.00002)
+    monkeypatch.setattr(dispatcher, "FUSE_S", 0.0)
+    apart = rate(clients, 0.00002)
+    assert together > factor * apart
+
+
+@pytest.mark.parametrize(("clients", "factor"), [(1, 1.15), (8, 0.95), (64, 0.95)])
+def test_lanes_that_share_brief_members_serve_one_client_faster_and_many_as_fast(
+    clients: int, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = rate(clients, 0.00012)
+    monkeypatch.setattr(batches, "SHARE_S", 1.0)
+    assert shared > factor * rate(clients, 0.00012)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ensemble_gateway.heads import CACHED_BYTES, Head, Heads, cannot_become_a_head
+from ensemble_gateway.heads import CACHED_BYTES, MAX_JSON_BYTES, Head, Heads, cannot_become_a_head
 from ensemble_gateway.lent import MAX_HEAD_BYTES
 
 MAX_BODY_BYTES = 1000
@@ -105,6 +105,17 @@ def test_what_is_no_request_is_refused(text: bytes, status: int) -> None:
     assert refusal is not None
     assert refusal[0] == status
     assert refusal[1]
+
+
+def test_json_is_limited_more_than_binary_tensors() -> None:
+    size = f"Content-Length: {MAX_JSON_BYTES + 1}"
+    heads = Heads(2 * MAX_JSON_BYTES)
+    for headers in ([size], [size, f"Inference-Header-Content-Length: {MAX_JSON_BYTES + 1}"]):
+        refusal = heads.parse(head_text(*headers)).refusal
+        assert refusal is not None
+        assert refusal[0] == 413
+        assert "send tensors as binary data" in refusal[1]
+    assert heads.parse(head_text(size, "Inference-Header-Content-Length: 100")).fast
 
 
 def test_the_cache_answers_the_same_and_stays_bounded() -> None:

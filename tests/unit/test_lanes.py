@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ensemble_contract.wire import LiveInstance, State
-from ensemble_gateway.dispatcher import Batch
+from ensemble_gateway.batches import Batch
 from ensemble_gateway.lanes import Instance, Lane, Latency, lanes_of
 
 
 def make_batch(identity: int, lane: Lane, expected_s: float, now: float) -> Batch:
-    return Batch(identity, lane, lane.instances[0], [], 1, expected_s, now, 0.0)
+    return Batch(identity, lane, (lane.instances[0],), [], 1, expected_s, now, 0.0)
 
 
 def make_lane() -> Lane:
@@ -136,8 +136,8 @@ def test_an_instance_is_the_same_only_with_the_same_member_and_batch_size(known:
 
 def test_a_lane_takes_over_batches_whose_instance_still_lives() -> None:
     old = Lane("w", "cpu", 2, {0: Instance(1, 0, 8, Latency(8, 0.1)), 1: Instance(2, 1, 8, Latency(8, 0.1))})
-    kept = Batch(1, old, old.instances[0], [], 1, 0.5, 10.0, 0.0)
-    gone = Batch(2, old, old.instances[1], [], 1, 0.5, 10.0, 0.0)
+    kept = Batch(1, old, (old.instances[0],), [], 1, 0.5, 10.0, 0.0)
+    gone = Batch(2, old, (old.instances[1],), [], 1, 0.5, 10.0, 0.0)
     for batch in (kept, gone):
         old.start(batch, 10.0)
     old.freed_at = 9.5
@@ -147,3 +147,16 @@ def test_a_lane_takes_over_batches_whose_instance_still_lives() -> None:
     assert kept.lane is new
     assert gone.lane is old
     assert (new.busy_until, new.freed_at) == (old.busy_until, 9.5)
+
+
+def test_a_batch_of_several_members_is_taken_over_only_with_all_its_instances() -> None:
+    old = Lane("w", "cpu", 2, {m: Instance(1 + m, m, 8, Latency(8, 0.1)) for m in range(3)})
+    first, second, third = old.instances.values()
+    kept = Batch(1, old, (first, third), [], 1, 0.5, 10.0, 0.0)
+    gone = Batch(2, old, (first, second), [], 1, 0.5, 10.0, 0.0)
+    for batch in (kept, gone):
+        old.start(batch, 10.0)
+    new = Lane("w", "cpu", 2, {0: first, 2: third})
+    new.inherit(old)
+    assert list(new.batches) == [1]
+    assert gone.lane is old

@@ -6,7 +6,7 @@ from math import inf
 
 import pytest
 
-from ensemble_gateway.dispatcher import Batch
+from ensemble_gateway.batches import Batch
 from ensemble_gateway.lanes import Instance, Lane, Latency
 from ensemble_gateway.placement import FEW, HORIZON_S, Lanes, Offer
 
@@ -29,7 +29,7 @@ _ids = iter(range(1, 1 << 30))
 
 
 def busy(lanes: Lanes, lane: Lane, seconds: float) -> Batch:
-    batch = Batch(next(_ids), lane, next(iter(lane.instances.values())), [], 1, seconds, NOW, 0.0)
+    batch = Batch(next(_ids), lane, (next(iter(lane.instances.values())),), [], 1, seconds, NOW, 0.0)
     lanes.start(batch, NOW)
     return batch
 
@@ -144,6 +144,20 @@ def test_an_instance_that_does_not_exist_leaves_the_others_of_its_lane() -> None
     assert (lanes.alive, lanes.open) == (0b10, 0b10)
     lanes.drop(lane, Instance(99, 1, 8, Latency(8, 0.1)))
     assert lanes.alive == 0b10, "another instance of the same member is not meant"
+
+
+@pytest.mark.parametrize(("others", "counted"), [(0, 0), (1, 1), (FEW - 1, FEW - 1), (5 * FEW, FEW - 1)])
+def test_idle_lanes_beside_one_are_those_without_a_batch_that_run_the_member(others: int, counted: int) -> None:
+    own, working = lane_of("own", 0.0001, members=2), lane_of("working", 0.0001, members=2)
+    rest = [lane_of(f"w{index}", 0.0001) for index in range(others)]
+    lanes = lanes_with(own, *rest, members=2)
+    assert lanes.idle_beside(own, 0) == counted
+    assert lanes.idle_beside(own, 1) == 0
+    lanes.replace("working", [working])
+    busy(lanes, working, 0.0001)
+    assert working.open, "it may be given another batch, but is not idle"
+    assert lanes.idle_beside(own, 0) == counted
+    assert lanes.idle_beside(own, 1) == 0
 
 
 def test_among_many_equal_lanes_every_idle_one_gets_its_part() -> None:

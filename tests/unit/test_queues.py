@@ -65,6 +65,27 @@ class QueuesMachine(RuleBasedStateMachine):
         if entries:
             self.taken.append((member, entries))
 
+    @rule(first=st.integers(0, MEMBERS - 1), second=st.integers(0, MEMBERS - 1), rows=st.integers(1, 12))
+    def cut_same(self, first: int, second: int, rows: int) -> None:
+        """What one member's queue begins with is taken from another's too, if that begins with the very same."""
+        self.queues.spread()
+        entries = self.queues.cut(first, rows)
+        if not entries:
+            return
+        got = [(entry.request, entry.start + row, entry.alone) for entry in entries for row in range(entry.rows)]
+        del self.model[first][: len(got)]
+        self.taken.append((first, entries))
+        if first == second or entries[0].alone:
+            return
+        before = self.queues.waiting[second]
+        if self.queues.cut_same(second, entries):
+            assert self.model[second][: len(got)] == got
+            del self.model[second][: len(got)]
+            assert self.queues.waiting[second] == before - len(got)
+            self.taken.append((second, entries))
+        else:
+            assert self.queues.waiting[second] == before, "nothing is taken"
+
     @rule(which=PICK, alone=st.booleans())
     def put_back(self, which: int, alone: bool) -> None:
         if not self.taken:
@@ -112,6 +133,65 @@ def test_entries_that_have_to_be_alone_are_cut_alone_and_in_order() -> None:
     assert cuts == [[(0, 2)], [(10, 2)], [(20, 2)]]
     assert queues.members == 0
     assert queues._alone == 0, "the usual, faster way is open again"
+
+
+def whole(number: int, rows: int = 4) -> Request:
+    return Request(rows, ((10 * number, rows),), 0b11, 2, None)
+
+
+def queued(*requests: Request) -> Queues:
+    queues = Queues(2)
+    for request in requests:
+        queues.add(request)
+    queues.spread()
+    return queues
+
+
+@pytest.mark.parametrize("rows", [2, 4, 6, 8, 10])
+def test_the_same_rows_are_taken_from_two_members_whatever_a_cut_divides(rows: int) -> None:
+    queues = queued(whole(0), whole(1), whole(2))
+    assert queues.cut_same(1, queues.cut(0, rows))
+    assert queues.waiting == [12 - rows] * 2
+    assert queues.cut(0, 12) == queues.cut(1, 12), "the rest is the same too"
+    assert queues.members == 0
+
+
+def test_heads_that_were_divided_differently_are_not_the_same() -> None:
+    for mine, others in ((2, 1), (1, 2)):
+        queues = queued(whole(0), whole(1))
+        queues.cut(0, mine)
+        queues.cut(1, others)
+        assert not queues.cut_same(1, queues.cut(0, 2))
+        assert queues.waiting == [8 - mine - 2, 8 - others]
+
+
+def test_a_head_that_ends_sooner_is_not_the_same() -> None:
+    queues = queued(whole(0), whole(1))
+    first, second = queues.cut(1, 8)
+    queues.put_back(1, [first._replace(rows=2), first._replace(start=2, rows=2), second])
+    assert not queues.cut_same(1, queues.cut(0, 8))
+    assert queues.waiting == [0, 8]
+
+
+def test_rows_that_have_to_be_alone_are_not_the_same() -> None:
+    queues = queued(whole(0), whole(1))
+    first, *_ = queues.cut(1, 4)
+    queues.put_back(1, [first._replace(alone=True)])
+    assert not queues.cut_same(1, queues.cut(0, 4))
+    assert queues.waiting == [4, 8]
+
+
+def test_rows_of_another_request_or_of_one_that_was_closed_are_not_the_same() -> None:
+    closed, living = whole(0), whole(1)
+    queues = queued(closed, living)
+    queues.cut(0, 4)
+    closed.closed = True
+    queues.forget(closed)
+    entries = queues.cut(0, 4)
+    assert [entry.request for entry in entries] == [living]
+    assert not queues.cut_same(1, entries)
+    assert queues.head(1) is living, "its head is dropped when it is looked at"
+    assert queues.cut_same(1, entries)
 
 
 @pytest.mark.parametrize("spread", [True, False])

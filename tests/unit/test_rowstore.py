@@ -140,11 +140,13 @@ def test_rows_are_where_a_naive_store_has_them(data: st.DataObject) -> None:
         store.write(ranges, [memoryview(array.tobytes()) for array in rows])
         for mine, array in zip(naive.inputs, rows, strict=True):
             mine[where] = array
-        column = data.draw(st.integers(0, COLUMNS - 1))
-        results = [random.normal(size=(len(where), *spec.shape)).astype(spec.dtype) for spec in OUTPUTS]
-        store.keep(column, ranges, results)
+        columns = data.draw(st.lists(st.integers(0, COLUMNS - 1), min_size=1, max_size=COLUMNS, unique=True))
+        shape = (len(columns), len(where))
+        results = [random.normal(size=(*shape, *spec.shape)).astype(spec.dtype) for spec in OUTPUTS]
+        store.keep(columns, ranges, results)
         for mine, array in zip(naive.outputs, results, strict=True):
-            mine[column, where] = array
+            for column, of_member in zip(columns, array, strict=True):
+                mine[column, where] = of_member
     ranges = data.draw(some_ranges(slots))
     where = slots_in(ranges)
     for read, mine in zip(store.read(ranges), naive.inputs, strict=True):
@@ -162,6 +164,15 @@ def test_what_was_read_does_not_change_with_the_store() -> None:
     read = store.read([(0, 2)])
     store.write(((0, 2),), [memoryview(b"\x01" * (2 * spec.row_bytes)) for spec in INPUTS])
     assert not any(array.any() for array in read)
+
+
+@pytest.mark.parametrize("ranges", [[(2, 3)], [(2, 1), (5, 2)]])
+def test_outputs_of_more_or_fewer_members_than_columns_are_refused(ranges: list[tuple[int, int]]) -> None:
+    store = make_store(8)
+    for members in (1, 3):
+        results = [np.zeros((members, 3, *spec.shape), spec.dtype) for spec in OUTPUTS]
+        with pytest.raises(ValueError, match=r"shorter|longer"):
+            store.keep([0, 4], ranges, results)
 
 
 def test_a_buffer_of_the_wrong_size_or_number_is_refused() -> None:

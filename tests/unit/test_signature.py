@@ -86,9 +86,9 @@ def test_what_differs_is_named(declared: tuple[TensorSpec, ...], cause: str) -> 
 
 
 def test_batches_beyond_the_export_are_refused() -> None:
-    check_batch(Signature(fixed_batch=8), 8)
-    check_batch(Signature(dynamic_batch=True, max_batch=8), 8)
+    check_batch(8, None, 8)
+    check_batch(None, 8, 8)
     with pytest.raises(InvalidModel, match="batches of 8 rows: 9"):
-        check_batch(Signature(fixed_batch=8), 9)
+        check_batch(8, None, 9)
     with pytest.raises(InvalidModel, match="up to 8 rows: 9"):
-        check_batch(Signature(dynamic_batch=True, max_batch=8), 9)
+        check_batch(None, 8, 9)

@@ -63,19 +63,33 @@ GOLDEN: dict[str, tuple[bytes, str]] = {
         "454f0105000000000100000002000000 0500000003000000 e8030000020000007011010001000000",
     ),
     "run of one range": (
-        wire.encode_run(0x0102030405060708, 3, 4, 0x40, [(10, 4)]),
-        "454f0106010000000807060504030201 0300000004000000 4000000000000000 0a00000004000000",
+        wire.encode_run(0x0102030405060708, [3], 4, 0x40, [(10, 4)]),
+        "454f0106010000000807060504030201 0100000004000000 4000000000000000 03000000 0a00000004000000",
     ),
     "run of three ranges": (
-        wire.encode_run(1, 2, 6, 0, [(7, 1), (0, 3), (4294967293, 2)]),
+        wire.encode_run(1, [2], 6, 0, [(7, 1), (0, 3), (4294967293, 2)]),
         (
-            "454f0106030000000100000000000000 0200000006000000 0000000000000000 0700000001000000 0000000003000000 "
-            "fdffffff02000000"
+            "454f0106030000000100000000000000 0100000006000000 0000000000000000 02000000 "
+            "0700000001000000 0000000003000000 fdffffff02000000"
+        ),
+    ),
+    "run of three instances and two ranges": (
+        wire.encode_run(5, (9, 1, 0xFFFFFFFF), 3, 0x1000, [(4, 1), (8, 2)]),
+        (
+            "454f0106020000000500000000000000 0300000003000000 0010000000000000 09000000 01000000 ffffffff "
+            "0400000001000000 0800000002000000"
         ),
     ),
     "result": (
-        wire.encode_result(1, 2_000_000, 30_000),
-        "454f0107000000000100000000000000 80841e0000000000 3075000000000000",
+        wire.encode_result(1, 30_000, [2_000_000]),
+        "454f0107010000000100000000000000 3075000000000000 80841e0000000000",
+    ),
+    "result of three instances": (
+        wire.encode_result(5, 0, (1, 0x0102030405060708, 2)),
+        (
+            "454f0107030000000500000000000000 0000000000000000 "
+            "0100000000000000 0807060504030201 0200000000000000"
+        ),
     ),
     "failed": (
         wire.encode_failed(9, FailureCode.OUT_OF_MEMORY, "größer"),
@@ -117,21 +131,27 @@ def test_decoded_golden_messages_say_what_was_meant() -> None:
 
     assert golden("state") == STATE
     assert golden("hello") == wire.Hello("gw-0")
-    put, run, failed = golden("put from the store"), golden("run of three ranges"), golden("failed")
+    put, run, failed = golden("put from the store"), golden("run of three instances and two ranges"), golden("failed")
     assert isinstance(put, wire.Put)
     assert (pairs(put.cache), pairs(put.source)) == ([(5, 3)], [(1000, 2), (70000, 1)])
     assert isinstance(run, wire.Run)
-    assert (run.batch, run.instance, run.rows, run.result_offset) == (1, 2, 6, 0)
-    assert pairs(run.ranges) == [(7, 1), (0, 3), (4294967293, 2)]
+    assert (run.batch, run.instances, run.rows, run.result_offset) == (5, (9, 1, 4294967295), 3, 0x1000)
+    assert pairs(run.ranges) == [(4, 1), (8, 2)]
+    assert golden("result of three instances") == wire.Result(5, 0, (1, 0x0102030405060708, 2))
     assert failed == wire.Failed(9, FailureCode.OUT_OF_MEMORY, "größer")
 
 
-@given(batch=U64, instance=U32, at=st.integers(0, (1 << 58) - 1), ranges=ranges_strategy())
-def test_run_round_trip(batch: int, instance: int, at: int, ranges: Sequence[tuple[int, int]]) -> None:
+@given(
+    batch=U64,
+    instances=st.lists(U32, min_size=1, max_size=wire.MAX_INSTANCES),
+    at=st.integers(0, (1 << 58) - 1),
+    ranges=ranges_strategy(),
+)
+def test_run_round_trip(batch: int, instances: list[int], at: int, ranges: Sequence[tuple[int, int]]) -> None:
     rows = sum(count for _, count in ranges)
-    run = wire.decode(wire.encode_run(batch, instance, rows, 64 * at, ranges))
+    run = wire.decode(wire.encode_run(batch, instances, rows, 64 * at, ranges))
     assert isinstance(run, wire.Run)
-    assert (run.batch, run.instance, run.rows, run.result_offset) == (batch, instance, rows, 64 * at)
+    assert (run.batch, run.instances, run.rows, run.result_offset) == (batch, tuple(instances), rows, 64 * at)
     assert (pairs(run.ranges), run.ranges.rows) == (list(ranges), rows)
 
 
@@ -156,9 +176,9 @@ def cut(ranges: list[tuple[int, int]], rows: int) -> list[tuple[int, int]]:
     return kept
 
 
-@given(batch=U64, compute=U64, queue=U64)
-def test_result_round_trip(batch: int, compute: int, queue: int) -> None:
-    assert wire.decode(wire.encode_result(batch, compute, queue)) == wire.Result(batch, compute, queue)
+@given(batch=U64, queue=U64, compute=st.lists(U64, min_size=1, max_size=wire.MAX_INSTANCES))
+def test_result_round_trip(batch: int, queue: int, compute: list[int]) -> None:
+    assert wire.decode(wire.encode_result(batch, queue, compute)) == wire.Result(batch, queue, tuple(compute))
 
 
 @given(batch=U64, code=st.sampled_from(FailureCode), text=st.text(st.characters(exclude_categories=["Cs"])))
@@ -211,6 +231,6 @@ def test_a_control_message_that_is_too_large_is_not_sent() -> None:
 
 def test_numbers_on_the_wire_have_four_bytes_whatever_the_platform_calls_them() -> None:
     assert array(wire._U32).itemsize == 4
-    assert wire.encode_run(0, 0, 2, 0, [(1, 1), (2, 1)])[-16:] == bytes(
+    assert wire.encode_run(0, [0], 2, 0, [(1, 1), (2, 1)])[-16:] == bytes(
         [1, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0]
     )

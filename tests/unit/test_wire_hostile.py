@@ -24,8 +24,8 @@ SEEDS = [
     wire.PING,
     wire.BYE,
     wire.encode_put([(0, 2), (5, 1)], [(7, 3)]),
-    wire.encode_run(1, 1, 5, 64, [(0, 2), (9, 3)]),
-    wire.encode_result(1, 2, 3),
+    wire.encode_run(1, [1, 4], 5, 64, [(0, 2), (9, 3)]),
+    wire.encode_result(1, 2, [3]),
     wire.encode_failed(1, wire.FailureCode.MODEL_ERROR, "no"),
 ]
 
@@ -50,10 +50,19 @@ def shared(**more: int) -> bytes:
     return control(1, f'{{"gateway":"g","shared":{{{layout}}}}}'.encode())
 
 
-def run(rows: int, ranges: list[tuple[int, int]], *, count: int | None = None, at: int = 0) -> bytes:
-    said = len(ranges) if count is None else count
-    head = RUN.pack(wire.MAGIC, 1, 6, said, 1, 1, rows, at)
-    return head + b"".join(struct.pack("<II", *pair) for pair in ranges)
+def run(
+    rows: int, ranges: list[tuple[int, int]], *, count: int | None = None, at: int = 0, many: int = 1,
+    said: int | None = None,
+) -> bytes:  # fmt: skip
+    """A RUN of `many` instances and these ranges, which claims `said` instances and `count` ranges."""
+    ranged = len(ranges) if count is None else count
+    head = RUN.pack(wire.MAGIC, 1, 6, ranged, 1, many if said is None else said, rows, at)
+    return head + struct.pack(f"<{many}I", *range(many)) + b"".join(struct.pack("<II", *pair) for pair in ranges)
+
+
+def result(many: int, said: int) -> bytes:
+    """A RESULT with the times of `many` instances, which claims `said`."""
+    return HEAD.pack(wire.MAGIC, 1, 7, said) + bytes(16 + 8 * many)
 
 
 def put(cached: int, sourced: int, *ranges: tuple[int, int]) -> bytes:
@@ -103,9 +112,20 @@ BAD = {
     "put of an empty range": (put(1, 0, (0, 0)), "a range is empty"),
     "put that does not add up": (put(1, 1, (0, 2), (0, 3)), "do not add up"),
     "put of too many rows": (put(2, 0, (0, 1 << 24), (0, 1)), "do not add up"),
-    "run cut off": (run(1, [(0, 1)])[:-1], "does not hold 1 ranges"),
-    "run without its head": (run(1, [])[:20], "does not hold"),
+    "run cut off": (run(1, [(0, 1)])[:-1], "does not hold 1 instances and 1 ranges"),
+    "run without its head": (run(1, [])[:20], "RUN of 20 bytes is too short"),
     "run of 4 billion ranges": (run(1, [(0, 1)], count=0xFFFF_FFFF), "does not hold"),
+    "run without instances": (run(1, [(0, 1)], many=0), "does not hold 0 instances and 1 ranges"),
+    "run of 65 instances": (run(1, [(0, 1)], many=65), "does not hold 65 instances"),
+    "run of 4 billion instances": (run(1, [(0, 1)], said=0xFFFF_FFFF), "does not hold 4294967295 instances"),
+    "run of fewer instances than it says": (
+        run(1, [(0, 1)], many=2, said=3),
+        "RUN of 48 bytes does not hold 3 instances",
+    ),
+    "run of more instances than it says": (run(1, [(0, 1)], many=3, said=2), "does not hold 2 instances"),
+    "run of two instances that are a range": (run(1, [(0, 1)], many=3, said=1), "does not hold 1 instances"),
+    "run of three instances that are one and a range": (run(1, [(0, 1)], count=0, said=3), "do not add up"),
+    "run of a range that is two instances": (run(1, [(0, 1)], many=1, said=3), "does not hold 3 instances"),
     "run of nothing": (run(0, []), "RUN of 0 rows"),
     "run of rows without ranges": (run(1, []), "RUN of 1 rows"),
     "run of an empty range": (run(1, [(0, 1), (5, 0)]), "a range is empty"),
@@ -113,8 +133,14 @@ BAD = {
     "run that does not add up": (run(4, [(0, 2), (9, 3)]), "do not add up"),
     "run of too many rows": (run((1 << 24) + 1, [(0, (1 << 24) + 1)]), "do not add up"),
     "run to an uneven place": (run(1, [(0, 1)], at=8), "not a multiple of 64"),
-    "short result": (SEEDS[6][:-1], "RESULT has 31 bytes"),
-    "long result": (SEEDS[6] + b"\0", "RESULT has 33 bytes"),
+    "result without its head": (SEEDS[6][:8], "RESULT of 8 bytes"),
+    "short result": (SEEDS[6][:-1], "RESULT of 31 bytes"),
+    "long result": (SEEDS[6] + b"\0", "RESULT of 33 bytes"),
+    "result of no instance": (result(0, 0), "does not hold the times of 0 instances"),
+    "result of 65 instances": (result(65, 65), "does not hold the times of 65 instances"),
+    "result of 4 billion instances": (result(1, 0xFFFF_FFFF), "does not hold the times of 4294967295 instances"),
+    "result of fewer instances than it says": (result(1, 2), "RESULT of 32 bytes does not hold the times of 2"),
+    "result of more instances than it says": (result(3, 2), "RESULT of 48 bytes does not hold the times of 2"),
     "short failure": (SEEDS[7][:15], "FAILED has 15 bytes"),
     "long failure": (SEEDS[7] + bytes(5000), "FAILED has 5018 bytes"),
     "unknown failure": (HEAD.pack(wire.MAGIC, 1, 8, 99) + bytes(8), "failure code 99"),
@@ -135,7 +161,11 @@ def survives(frame: bytes) -> None:
         return
     if isinstance(message, wire.Run):
         assert message.rows == sum(message.ranges.counts) <= wire.MAX_ROWS
-        assert len(message.ranges.starts) * 8 < len(frame)
+        assert 1 <= len(message.instances) <= wire.MAX_INSTANCES
+        assert len(message.ranges.starts) * 8 + len(message.instances) * 4 < len(frame)
+    elif isinstance(message, wire.Result):
+        assert 1 <= len(message.compute_ns) <= wire.MAX_INSTANCES
+        assert len(message.compute_ns) * 8 < len(frame)
 
 
 @given(st.binary(max_size=300))
@@ -206,9 +236,23 @@ def mutated(rng: random.Random, frame: bytearray) -> bytes:
         control(2, b'{"instances":[' + b"[" * (1 << 19)),
         put(1 << 17, 0, *[(0, 0)] * (1 << 17)),
         run(1 << 17, [(5, 1)] * (1 << 17)),
+        run(1, [(0, 1)], said=0xFFFF_FFFF),
+        run(1, [(0, 1)], many=1 << 18),
+        result(1, 0xFFFF_FFFF),
+        result(1 << 17, 1 << 17),
         b"\xff" * (1 << 20),
     ],
-    ids=["long text", "deep json", "empty ranges", "many ranges", "noise"],
+    ids=[
+        "long text",
+        "deep json",
+        "empty ranges",
+        "many ranges",
+        "claimed instances",
+        "many instances",
+        "claimed times",
+        "many times",
+        "noise",
+    ],
 )
 def test_memory_is_a_small_multiple_of_the_frame(frame: bytes) -> None:
     tracemalloc.start()

@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 # Smaller bodies are read as they come.
 SMALL_BYTES = 64 << 10
-RECEIVED_AT_ONCE_BYTES = 64 << 20
+RECEIVED_AT_ONCE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ waits, within bounds, and nothing more is read from a client that does not take 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import math
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from ensemble_gateway.heads import Head, cannot_become_a_head
 from ensemble_gateway.lent import MAX_HEAD_BYTES
 from ensemble_gateway.pipeline import Pipeline
 from ensemble_gateway.queues import Request
+from ensemble_gateway.reading import SEEN_BYTES, Reading, Seen
 from ensemble_gateway.replies import error_reply, full_reply
 from ensemble_gateway.request import Answer, Array, InferHeader, RequestError
 
@@ -30,23 +30,12 @@ MAX_AHEAD_BYTES = 256 << 10
 _LOG = logging.getLogger(__name__)
 
 
-class Reading(enum.Enum):
-    """Where a connection is."""
-
-    HEAD = enum.auto()  # a request's head is awaited
-    BODY = enum.auto()  # an inference's body is awaited
-    ANSWERING = enum.auto()  # a request is being answered; what comes is kept for later
-    LENDING = enum.auto()  # aiohttp is given the body of its request
-    LENT = enum.auto()  # aiohttp has the connection for good
-    LEAVING = enum.auto()  # an error was answered; what comes is dropped
-
-
 class Connection(asyncio.Protocol):
     """One client connection; also the sink of its request in flight."""
 
     __slots__ = (
         "_blocked", "_buffer", "_due", "_edge", "_head", "_lent", "_lent_busy", "_lent_left", "_paused", "_pipeline",
-        "_reading", "_request", "_sent_at", "_time", "_transport", "_unsent", "header",
+        "_reading", "_request", "_seen", "_sent_at", "_time", "_transport", "_unsent", "header",
     )  # fmt: skip
 
     header: InferHeader
@@ -60,12 +49,13 @@ class Connection(asyncio.Protocol):
         self._head: Head | None = None
         self._request: Request | None = None
         self._pipeline: Pipeline | None = None
+        self._seen: Seen | None = None
         self._lent: asyncio.Protocol | None = None
-        self._lent_busy, self._lent_left = False, 0
-        self._paused = self._blocked = False
+        self._lent_left = 0
+        self._lent_busy = self._paused = self._blocked = False
+        self._unsent, self._sent_at = 0, 0.0
         # When the client must have done its next thing.
         self._due = self._time() + edge.limits.idle_s
-        self._unsent, self._sent_at = 0, 0.0
 
     @property
     def waiting_bytes(self) -> int:
@@ -93,6 +83,12 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the client."""
+        seen = self._seen
+        awaited = self._reading is Reading.HEAD and not (self._buffer or self._blocked)
+        if awaited and seen is not None and len(data) == seen.head.size and data.startswith(seen.text):
+            self._head, self._reading = seen.head, Reading.ANSWERING
+            self._submit(seen, memoryview(data)[len(seen.text) :])
+            return
         if self._reading is Reading.LENT:
             if not self._lent_busy:
                 self._due = self._time() + self._edge.limits.idle_s
@@ -191,7 +187,7 @@ class Connection(asyncio.Protocol):
         request = memoryview(self._buffer)[: head.size]
         self._buffer = bytes(self._buffer[head.size :]) if len(self._buffer) > head.size else b""
         self._reading = Reading.ANSWERING
-        self._infer(head, request[head.length :])
+        self._infer(head, request)
         return True
 
     def resume_body(self) -> None:
@@ -202,22 +198,45 @@ class Connection(asyncio.Protocol):
 
     # -- inference ------------------------------------------------------------------------------------------------
 
-    def _infer(self, head: Head, body: memoryview) -> None:
+    def _infer(self, head: Head, request: memoryview) -> None:
         edge = self._edge
         try:
-            pipeline = self._pipeline = edge.pipeline()
-            text, binary = head.split(body)
-            header = self.header = edge.header_of(pipeline, head, text, len(binary))
-            self._request = pipeline.submit(self, binary)
-            if any(part.array is not None for part in header.inputs):
-                # The rows are in the store now: twice would be once too often.
-                self.header = replace(header, inputs=())
+            pipeline = edge.pipeline()
+            text, binary = head.split(request[head.length :])
+            header = edge.header_of(pipeline, head, text, len(binary))
         except RequestError as error:
             self.refused(error)
         except Exception:
-            _LOG.exception("an inference could not be taken")
-            self.refused(RequestError(500, "internal error: the gateway's log has the cause"))
+            self._refuse_unexpected()
+        else:
+            seen = Seen(bytes(request[: head.length + len(text)]), head, header, pipeline)
+            self._submit(seen, binary)
+            if any(part.array is not None for part in header.inputs):
+                # The rows are in the store now: twice would be once too often.
+                self.header = replace(header, inputs=())
+            elif len(seen.text) <= SEEN_BYTES:
+                self._seen = seen
         edge.budget.release(self)
+
+    def _submit(self, seen: Seen, binary: memoryview) -> None:
+        pipeline = self._edge.pipeline()
+        if pipeline is not seen.pipeline:
+            # A new plan: what was parsed is of the former.
+            self._seen = None
+            self._buffer, self._reading = seen.text + bytes(binary), Reading.HEAD
+            self._read()
+            return
+        self.header, self._pipeline = seen.header, pipeline
+        try:
+            self._request = pipeline.submit(self, binary)
+        except RequestError as error:
+            self.refused(error)
+        except Exception:
+            self._refuse_unexpected()
+
+    def _refuse_unexpected(self) -> None:
+        _LOG.exception("an inference could not be taken")
+        self.refused(RequestError(500, "internal error: the gateway's log has the cause"))
 
     def answered(self, outputs: Sequence[Array]) -> None:
         """Write the usual answer: a prefix known from the header, and the outputs' bytes."""
@@ -267,8 +286,7 @@ class Connection(asyncio.Protocol):
     def _lend_body(self) -> None:
         data, self._buffer = bytes(self._buffer[: self._lent_left]), bytes(self._buffer[self._lent_left :])
         self._lent_left -= len(data)
-        if not self._lent_left:
-            self._reading = Reading.ANSWERING
+        self._reading = Reading.LENDING if self._lent_left else Reading.ANSWERING
         self._lend(data)
 
     def _lend_all(self) -> None:

@@ -9,39 +9,19 @@ a request starts first. `placement` says which lane gets how many.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 from itertools import count
 from math import inf
 
 from ensemble_contract.wire import State
+from ensemble_gateway.batches import FUSE_S, Batch, completed, fuse, fuse_limit_s
 from ensemble_gateway.deadlines import Deadlines
 from ensemble_gateway.lanes import Instance, Lane, lanes_of
 from ensemble_gateway.placement import Lanes, Offer
-from ensemble_gateway.queues import Entry, Failure, Queues, Request, bits
+from ensemble_gateway.queues import Failure, Queues, Request, bits
 
-# Members of one lane that wait with the same rows run as one batch while it is expected to take no longer than this:
-# sending, waking and answering cost as much as a tiny network.
-FUSE_S = 0.0005
-
-
-@dataclass(slots=True, eq=False)
-class Batch:
-    """Rows on their way through one instance, or through several of one lane. `waited_s` is summed over its entries."""
-
-    id: int
-    lane: Lane
-    instances: tuple[Instance, ...]
-    entries: list[Entry]
-    rows: int
-    expected_s: float
-    dispatched_at: float
-    waited_s: float
-
-    @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """The slots of its rows, in order."""
-        return [(start, rows) for _, start, rows, _, _ in self.entries]
+# The sequence number of a member's oldest request, minus the seconds of its waiting work, and the member.
+Need = tuple[int, float, int]
 
 
 class Dispatcher:
@@ -140,7 +120,7 @@ class Dispatcher:
         for request, _, rows, _, _ in batch.entries:
             if request.closed:
                 continue
-            whole = ran if rows == request.rows else _completed(request, rows, batch.instances)
+            whole = ran if rows == request.rows else completed(request, rows, batch.instances)
             if not whole:
                 continue
             done = request.done = request.done | whole
@@ -281,7 +261,11 @@ class Dispatcher:
         if not queues.members:
             return batches
         lanes.ripen(now)
-        needs, total_s = self._needs()
+        needs = [need for member in bits(queues.members & lanes.open) if (need := self._need(member))]
+        total_s = 0.0
+        for need in needs:
+            total_s -= need[1]
+        heapify(needs)
         while needs:
             _, work_s, member = needs[0]
             waiting = queues.waiting[member]
@@ -289,10 +273,10 @@ class Dispatcher:
             if offer is None or (self._max_delay_s and self._early(member, waiting, offer, now)):
                 heappop(needs)
                 continue
-            batch = self._cut(offer, now)
+            batch = self._cut(offer, total_s, now)
             batches.append(batch)
             if len(batch.instances) > 1:
-                needs, total_s = self._needs()
+                needs, total_s = self._needs_after(batch, needs, total_s)
                 continue
             need = self._need(member) if queues.waiting[member] else None
             total_s += work_s
@@ -307,16 +291,25 @@ class Dispatcher:
             self._assign_at = min(self._assign_at, lanes.next_opening())
         return batches
 
-    def _needs(self) -> tuple[list[tuple[int, float, int]], float]:
-        """The needs of all members that wait and have an open lane, as a heap, and their work in seconds."""
-        needs = [need for member in bits(self._queues.members & self._lanes.open) if (need := self._need(member))]
-        total_s = 0.0
+    def _needs_after(self, batch: Batch, needs: list[Need], total_s: float) -> tuple[list[Need], float]:
+        """The needs when a batch of several members has been given out; who was passed over is not asked again."""
+        ran = {instance.member for instance in batch.instances}
+        left = []
         for need in needs:
-            total_s -= need[1]
-        heapify(needs)
-        return needs, total_s
+            if need[2] in ran:
+                total_s += need[1]
+            else:
+                left.append(need)
+        for member in ran:
+            rest = self._need(member) if self._queues.waiting[member] else None
+            if rest:
+                total_s -= rest[1]
+                if self._lanes.open >> member & 1:
+                    left.append(rest)
+        heapify(left)
+        return left, total_s
 
-    def _need(self, member: int) -> tuple[int, float, int] | None:
+    def _need(self, member: int) -> Need | None:
         """How much a member needs a lane, the smaller the more: by its oldest request, then by its work."""
         head = self._queues.head(member)
         reference = self._lanes.hosts[member].reference
@@ -334,8 +327,8 @@ class Dispatcher:
             self._assign_at = min(self._assign_at, until)
         return until > now
 
-    def _cut(self, offer: Offer, now: float) -> Batch:
-        """Make a batch of the oldest rows of a member."""
+    def _cut(self, offer: Offer, total_s: float, now: float) -> Batch:
+        """Make a batch of the oldest rows of a member, and of others that wait with the same where it is brief."""
         lane, instance, rows = offer
         entries = self._queues.cut(instance.member, rows)
         if len(entries) > 1:
@@ -346,35 +339,10 @@ class Dispatcher:
             rows, waited = entry.rows, now - entry.request.admitted_at
         instances: tuple[Instance, ...] = (instance,)
         expected_s = instance.latency.expect(rows)
-        if expected_s < FUSE_S and len(lane.instances) > 1 and not entries[0].alone:
-            instances, expected_s = self._fuse(lane, instance, entries, rows, expected_s)
+        if expected_s < FUSE_S and len(lane.instances) > 1:
+            limit_s = fuse_limit_s(total_s, 1 + self._lanes.idle_beside(lane, instance.member))
+            instances, expected_s = fuse(self._queues, lane, instance, entries, limit_s)
         batch = Batch(next(self._ids), lane, instances, entries, rows, expected_s, now, waited)
         self._batches[batch.id] = batch
         self._lanes.start(batch, now)
         return batch
-
-    def _fuse(
-        self, lane: Lane, first: Instance, entries: list[Entry], rows: int, expected_s: float
-    ) -> tuple[tuple[Instance, ...], float]:
-        """The lane's instances that run these rows in one go: members that wait with the same rows, while it is brief."""
-        instances = [first]
-        for member, instance in lane.instances.items():
-            if instance is first or self._queues.waiting[member] < rows or rows > instance.batch_size:
-                continue
-            more_s = instance.latency.expect(rows)
-            if expected_s + more_s <= FUSE_S and self._queues.cut_same(member, entries):
-                instances.append(instance)
-                expected_s += more_s
-        return tuple(instances), expected_s
-
-
-def _completed(request: Request, rows: int, instances: Sequence[Instance]) -> int:
-    """The members, as bits, that have answered all rows of a request with these `rows` of it."""
-    left = request.left = request.left or {}
-    whole = 0
-    for instance in instances:
-        member = instance.member
-        left[member] = left.get(member, request.rows) - rows
-        if not left[member]:
-            whole |= 1 << member
-    return whole

@@ -20,6 +20,8 @@ from ensemble_gateway.served import find_model
 from ensemble_gateway.v2 import split_body
 
 CACHED_BYTES = 1 << 20
+# Text is copied and parsed in memory beside the store; binary tensors are not.
+MAX_JSON_BYTES = 16 << 20
 
 _INFER = re.compile(rb"/v2/models/([^/?#]+)(?:/versions/([^/?#]+))?/infer")
 # Headers with which an inference is no longer a plain body.
@@ -139,6 +141,10 @@ def _parse(text: bytes, max_body_bytes: int) -> Head:
     header_length = values.get(b"inference-header-content-length")
     if header_length is not None and not (header_length.isdigit() and len(header_length) < 18):
         return slow
+    json_bytes = content_length if header_length is None else min(int(header_length), content_length)
+    if json_bytes > MAX_JSON_BYTES:
+        message = f"{json_bytes} bytes of JSON are over the limit of {MAX_JSON_BYTES}: send tensors as binary data"
+        return Head(len(text), size, refusal=(413, message))
     try:
         check_content_type(values.get(b"content-type", b"").decode("latin-1"))
     except RequestError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ensemble_contract.wire import LiveInstance, State
 
 if TYPE_CHECKING:
-    from ensemble_gateway.dispatcher import Batch
+    from ensemble_gateway.batches import Batch
 
 # A worker is lost when a batch takes longer than this, and longer than so many times what was expected.
 PATIENCE_S = 3.0

@@ -110,7 +110,7 @@ class Pipeline:
         """Refuse what is in flight and leave the workers."""
         for request in list(self.dispatcher.deadlines):
             self.dispatcher.cancel(request)
-            self._release(request)
+            self._release(request.ranges)
             request.sink.refused(RequestError(503, "the gateway is stopping", RETRY_AFTER_S))
         for link in self._links:
             link.close()
@@ -162,7 +162,7 @@ class Pipeline:
         """The client has left: forget its rows. Nothing happens if it was answered."""
         if not request.closed:
             self.dispatcher.cancel(request)
-            self._release(request)
+            self._release(request.ranges)
             waited = self._loop.time() - request.admitted_at
             self.metrics.failed(model_index(request.sink.header.model), Failure.CANCELED, waited)
 
@@ -210,8 +210,9 @@ class Pipeline:
             # The worker's State, or the end of its link, follows.
             self._finished += self.dispatcher.retry(batch, blame=failed.code is wire.FailureCode.DEVICE_LOST)
             return
-        for instance in batch.instances:
-            self.metrics.failed(instance.member + 1, Failure.BACKEND)
+        if len(batch.instances) == 1:
+            # One of several is not said to have failed before it has failed alone.
+            self.metrics.failed(batch.instances[0].member + 1, Failure.BACKEND)
         self._finished += self.dispatcher.fail(batch, failed.text)
 
     def worker_lost(self, worker: str, reason: str) -> None:  # noqa: ARG002  # the link logs the reason
@@ -277,18 +278,19 @@ class Pipeline:
         """Answer requests that all their members have answered: combined as one batch."""
         ranges = [one for request in requests for one in request.ranges]
         outputs = self._answers.outputs(member, ranges)
+        # Outputs may be views of these slots: nobody gets the slots before this turn has ended.
+        self._release(ranges)
+        index = ENSEMBLE if member is None else member + 1
         at = 0
         for request in requests:
             end = at + request.rows
-            sink = request.sink
-            self._release(request)
-            self.metrics.request_done(model_index(sink.header.model), request.rows, now - request.admitted_at)
-            sink.answered([output[at:end] for output in outputs])
+            self.metrics.request_done(index, request.rows, now - request.admitted_at)
+            request.sink.answered([output[at:end] for output in outputs])
             at = end
 
     def _answer_in_full(self, request: Request, now: float) -> None:
         answer = self._answers.in_full(request)
-        self._release(request)
+        self._release(request.ranges)
         self.metrics.request_done(model_index(request.sink.header.model), request.rows, now - request.admitted_at)
         if answer.missing:
             self.metrics.answered_by_quorum(bits(request.wanted & ~request.done))
@@ -298,16 +300,16 @@ class Pipeline:
         failure = request.failure
         if failure is None:
             raise AssertionError("only failed requests are refused")
-        self._release(request)
+        self._release(request.ranges)
         reason = _REASONS.get(failure.status, Failure.OTHER)
         self.metrics.failed(model_index(request.sink.header.model), reason, now - request.admitted_at)
         retry_after_s = RETRY_AFTER_S if failure.status == 503 else 0
         request.sink.refused(RequestError(failure.status, failure.message, retry_after_s))
 
-    def _release(self, request: Request) -> None:
-        self.store.allocator.give(request.ranges)
+    def _release(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self.store.allocator.give(ranges)
         for link in self._links:
-            link.forget(request.ranges)
+            link.forget(ranges)
 
     def _pending(self, index: int) -> int:
         if index == ENSEMBLE:
@@ -319,9 +321,7 @@ class Pipeline:
             store_rows=lambda: self.store.used_rows,
             store_bytes=lambda: self.store.used_rows * self.store.bytes_per_row,
             store_capacity_bytes=lambda: self.store.layout.slots * self.store.bytes_per_row,
-            pending_requests=lambda index: (
-                self.store.used_rows if index == 0 else self.dispatcher.waiting_rows(index - 1)
-            ),
+            pending_requests=self._pending,
             live_instances=lambda index: sum(1 for _, i in self.dispatcher.instances() if i.member == index),
         )
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ensemble_gateway.lanes import Instance, Lane, Latency
 
 if TYPE_CHECKING:
-    from ensemble_gateway.dispatcher import Batch
+    from ensemble_gateway.batches import Batch
 
 # A lane that is expected to be free sooner than this is given its next batch already: it never waits for the network.
 HORIZON_S = 0.005
@@ -209,6 +209,14 @@ class Lanes:
             return lane, instance, _worthwhile(instance, rows, waiting)
         sample = hosts.sample()
         return _level(sample, waiting, share, now) or self._soonest([host for host, _ in sample], now)
+
+    def idle_beside(self, lane: Lane, member: int) -> int:
+        """How many other lanes with nothing to do can run a member; at most as many as are compared."""
+        hosts = self.hosts[member]
+        if hosts.few:
+            return sum([not other.batches for other, _ in hosts.few if other is not lane])
+        some = (other for lanes in hosts.open.values() for other in islice(lanes, FEW))
+        return min(FEW, sum([not other.batches for other in some if other is not lane]))
 
     def end_round(self) -> None:
         """All that waits has been offered."""

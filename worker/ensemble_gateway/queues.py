@@ -145,7 +145,7 @@ class Queues:
         return entries
 
     def cut_same(self, member: int, entries: Sequence[Entry]) -> bool:
-        """Take exactly these rows from the head of another member's queue; False, and nothing is taken, if it differs."""
+        """Take exactly these rows from the head of another member's queue; nothing, and False, if it differs."""
         queue = self._queues[member]
         if len(queue) < len(entries):
             return False

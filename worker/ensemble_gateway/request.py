@@ -13,7 +13,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class RequestError(Exception):
-    """A request that gets an error answer. `status` is HTTP's; the message goes to the client as V2's `{"error": …}`."""
+    """A request that gets an error answer: HTTP's `status`, and the message as V2's `{"error": …}`."""
 
     def __init__(self, status: int, message: str, retry_after_s: int = 0) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ class InputPart:
 
 @dataclass(frozen=True, slots=True)
 class OutputWish:
-    """One output that the answer shall have, as binary or as JSON, whole or as its `classes` best classes (0: whole)."""
+    """One output that the answer shall have, binary or JSON, whole or as its `classes` best classes (0: whole)."""
 
     name: str
     binary: bool
@@ -79,10 +79,10 @@ class InferHeader:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a request gets: outputs by name, each of shape (rows, *shape), in the declared datatype (BF16 as uint16 bits).
+    """What a request gets: outputs by name, of shape (rows, *shape), in the declared datatype (BF16 as uint16 bits).
 
     `used` and `missing` are names of members. With `members: true` in the request, `outputs` also holds
-    `<member>.<output>` for every member used. `outputs` of an ensemble without such a wish has the model's outputs only.
+    `<member>.<output>` for every member used. Without such a wish `outputs` has the model's outputs only.
     """
 
     outputs: dict[str, Array]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ensemble_worker.devices import Device
 from ensemble_worker.loop import Running
 
-_COUNTERS = (
+_COUNTERS: tuple[tuple[str, str, Callable[[Running], float]], ...] = (
     ("ensemble_worker_batches_total", "Batches run.", lambda running: running.batches),
     ("ensemble_worker_rows_total", "Rows run.", lambda running: running.rows),
     ("ensemble_worker_compute_seconds_total", "Time spent on batches.", lambda running: running.compute_ns * 1e-9),

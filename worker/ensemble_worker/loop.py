@@ -16,7 +16,6 @@ from operator import add
 from queue import SimpleQueue
 
 from ensemble_contract.wire import FailureCode
-
 from ensemble_worker.errors import DeviceLost
 from ensemble_worker.links import LinkServer, Peer, Work
 from ensemble_worker.predictor import Predictor, is_out_of_memory
@@ -41,7 +40,10 @@ class Running:
 
 
 class Executor(threading.Thread):
-    """Runs what the links receive. `serial`: in this thread, one batch at a time. `lost` is called if the device is."""
+    """Runs what the links receive. `serial`: in this thread, one batch at a time.
+
+    `lost` is called when the device is lost, and when a thread here cannot go on: the worker has to end then.
+    """
 
     def __init__(self, server: LinkServer, *, serial: bool, lost: Callable[[str], None]) -> None:
         super().__init__(name="executor", daemon=True)
@@ -84,27 +86,42 @@ class Executor(threading.Thread):
     def run(self) -> None:
         """The thread: receive, then run one batch for each gateway in turn."""
         waiting = self._waiting
-        while not self._stopped:
-            for work in self._server.receive(block=not waiting):
-                waiting.setdefault(work.peer, deque()).append(work)
-            if not waiting:
-                continue
-            peer, queue = next(iter(waiting.items()))
-            work = queue.popleft()
-            del waiting[peer]
-            if queue:
-                waiting[peer] = queue
-            self._start(work)
+        try:
+            while not self._stopped:
+                for work in self._server.receive(block=not waiting):
+                    waiting.setdefault(work.peer, deque()).append(work)
+                if not waiting:
+                    continue
+                peer, queue = next(iter(waiting.items()))
+                work = queue.popleft()
+                del waiting[peer]
+                if queue:
+                    waiting[peer] = queue
+                self._start(work)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """End the worker: its heartbeats would go on, and gateways would wait for a thread that has ended."""
+        if self._stopped:
+            return
+        _LOG.error("%s cannot go on", threading.current_thread().name, exc_info=error)
+        self._lost(str(error) if isinstance(error, DeviceLost) else f"{type(error).__name__}: {error}")
 
     def _start(self, work: Work) -> None:
-        run, known = work.run, self._instances
+        run, rows, known = work.run, work.peer.rows, self._instances
+        if not rows.slots:
+            return  # the gateway has gone
         instances = [running for one in run.instances if (running := known.get(one)) is not None]
         if len(instances) != len(run.instances):
-            work.peer.fail(run, FailureCode.UNKNOWN_INSTANCE, f"one of the instances {run.instances} is not here")
+            missing = next(one for one in run.instances if one not in known)
+            work.peer.fail(run, FailureCode.UNKNOWN_INSTANCE, f"instance {missing} is not here")
+        elif len(set(run.instances)) != len(instances):
+            work.peer.fail(run, FailureCode.BAD_REQUEST, "it names an instance twice")
         elif run.rows > min(running.predictor.batch_size for running in instances):
             work.peer.fail(run, FailureCode.BAD_REQUEST, f"{run.rows} rows are over an instance's batch size")
-        elif max(map(add, run.ranges.starts, run.ranges.counts)) > work.peer.rows.slots:
-            work.peer.fail(run, FailureCode.BAD_REQUEST, f"a range ends beyond slot {work.peer.rows.slots}")
+        elif max(map(add, run.ranges.starts, run.ranges.counts)) > rows.slots:
+            work.peer.fail(run, FailureCode.BAD_REQUEST, f"a range ends beyond slot {rows.slots}")
         elif self._serial:
             self._execute(instances, work)
         elif len(instances) == 1:
@@ -113,16 +130,23 @@ class Executor(threading.Thread):
             work.peer.fail(run, FailureCode.BAD_REQUEST, "instances of a parallel device run one by one")
 
     def _run_queue(self, running: Running) -> None:
-        while (work := running.queue.get()) is not None:
-            self._execute([running], work)
+        try:
+            while (work := running.queue.get()) is not None:
+                self._execute([running], work)
+        except Exception as error:
+            self._give_up(error)
 
     def _execute(self, instances: list[Running], work: Work) -> None:
         """Run a batch through each of the instances: its rows are gathered once."""
+        # Kept, for they are taken from the peer when its gateway goes.
+        held = work.peer.rows
+        if not held.slots:
+            return
         began_ns = self._began_ns = lap_ns = time.monotonic_ns()
         outputs, compute_ns = [], []
         running = instances[0]
         try:
-            rows = work.peer.rows.gather(work.run.ranges)
+            rows = held.gather(work.run.ranges)
             for running in instances:
                 outputs.append(running.predictor.run(rows))
                 now_ns = time.monotonic_ns()

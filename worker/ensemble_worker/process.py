@@ -246,7 +246,9 @@ class Worker:
 
     def _load_and_time(self, plan: WorkerPlan, placed: Placed, path: Path) -> tuple[predictor.Predictor, float]:
         """Load and warm up an instance, then time one full batch of zeros."""
-        model = predictor.load(path, placed.source, plan.inputs, plan.outputs, self.device, placed.batch_size)
+        model = predictor.load(
+            path, placed.source, plan.inputs, plan.outputs, self.device, placed.batch_size, self._options.cache_dir
+        )
         rows = HostRows.cache(plan.inputs, placed.batch_size).zeros()
         began = time.perf_counter()
         model.run(rows)

@@ -162,12 +162,9 @@ _PLANNING = Group(
             Choice(("throughput", "devices")),
             "Most throughput, or fewest devices.",
             "throughput",
-            scope=LATER,
         ),
-        Field("targetThroughput", Number(0, 1e12), "Rows/s to reach with objective devices.", 0.0, scope=LATER),
-        Field(
-            "strategy", Choice(("greedy", "greedy-paper", "exact")), "How the plan is searched.", "greedy", scope=LATER
-        ),
+        Field("targetThroughput", Number(0, 1e12), "Rows/s to reach with objective devices.", 0.0),
+        Field("strategy", Choice(("greedy", "greedy-paper", "exact")), "How the plan is searched.", "greedy"),
         Field(
             "evaluate",
             Choice(("model", "live")),
@@ -175,9 +172,9 @@ _PLANNING = Group(
             "model",
             scope=LATER,
         ),
-        Field("maxIterations", Integer(0, 10_000), "Steps of the search.", 10, scope=LATER),
-        Field("maxNeighbours", Integer(1, 100_000), "Candidates of a step.", 100, scope=LATER),
-        Field("seed", Integer(0, (1 << 31) - 1), "Of the search: same seed, same plan.", 0, scope=LATER),
+        Field("maxIterations", Integer(0, 10_000), "Steps of the search.", 10),
+        Field("maxNeighbours", Integer(1, 100_000), "Candidates of a step.", 100),
+        Field("seed", Integer(0, (1 << 31) - 1), "Of the search: same seed, same plan.", 0),
         Field("profileBudget", Duration("1s", "24h"), "Time to spend measuring members.", "5m", "profile_budget_s"),
     ),
     into=Planning,

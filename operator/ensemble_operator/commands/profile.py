@@ -22,7 +22,11 @@ def add_to(subparsers: Subparsers) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="YAML file with an InferenceEnsemble")
     add_output(parser, "table", "json", "yaml")
     parser.add_argument(
-        "--budget", type=duration, metavar="TIME", help="of all measuring together (default: the spec's profileBudget)"
+        "--budget",
+        type=duration,
+        metavar="TIME",
+        help="of all measuring together, beyond each member's load and smallest batch size (default: the spec's "
+        "profileBudget)",
     )
     parser.add_argument("--force", action="store_true", help="measure again what is already known")
     add_machine(parser)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ensemble_contract.errors import ProtocolError
 from ensemble_contract.wire import Failed, Result, State
-from ensemble_gateway.dispatcher import Batch
+from ensemble_gateway.batches import Batch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ensemble_gateway.dispatcher import Batch
+from ensemble_gateway.batches import Batch
 from ensemble_gateway.rowstore import slots_of
 
 Slots = np.ndarray[Any, np.dtype[np.int64]]

@@ -23,7 +23,7 @@ from ensemble_contract.errors import ProtocolError
 from ensemble_contract.layout import StoreLayout, aligned, result_offsets
 from ensemble_contract.ring import HEADER_BYTES, Ring
 from ensemble_contract.tensors import rows_of
-from ensemble_gateway.dispatcher import Batch
+from ensemble_gateway.batches import Batch
 from ensemble_gateway.links import LinkOwner, check_state
 from ensemble_gateway.links.cache import CacheMap, Slots, freed_ranges
 from ensemble_gateway.rowstore import RowStore

@@ -23,7 +23,7 @@ from ensemble_contract.errors import ProtocolError
 from ensemble_contract.keys import KeyFiles
 from ensemble_contract.plan import WorkerAddress
 from ensemble_contract.tensors import rows_of
-from ensemble_gateway.dispatcher import Batch
+from ensemble_gateway.batches import Batch
 from ensemble_gateway.links import HEARTBEAT_S, SILENCE_S, LinkOwner, check_state
 from ensemble_gateway.links.cache import CacheMap, Slots, freed_ranges
 from ensemble_gateway.rowstore import RowStore

@@ -1,0 +1,78 @@
+"""Batches: rows on their way through a lane, and which members of the lane run them together. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ensemble_gateway.lanes import Instance, Lane
+from ensemble_gateway.queues import Entry, Queues, Request
+
+# Members of one lane that wait with the same rows run as one batch while it is expected to take no longer than this:
+# sending, waking and answering cost as much as a tiny network.
+FUSE_S = 0.0005
+# Where other lanes are idle, they share such work in equal parts of at least this: below, a message costs more than it
+# gains.
+SHARE_S = 0.00015
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Rows on their way through one instance, or through several of one lane. `waited_s` is summed over its entries."""
+
+    id: int
+    lane: Lane
+    instances: tuple[Instance, ...]
+    entries: list[Entry]
+    rows: int
+    expected_s: float
+    dispatched_at: float
+    waited_s: float
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The slots of its rows, in order."""
+        return [(start, rows) for _, start, rows, _, _ in self.entries]
+
+
+def fuse_limit_s(work_s: float, lanes: int) -> float:
+    """How long a batch of several members may take where so much work waits, and so many lanes could share it."""
+    parts = min(lanes, int(work_s / SHARE_S)) or 1
+    return FUSE_S if parts == 1 else min(FUSE_S, work_s / parts)
+
+
+def fuse(
+    queues: Queues, lane: Lane, first: Instance, entries: list[Entry], limit_s: float
+) -> tuple[tuple[Instance, ...], float]:
+    """The lane's instances that run these rows in one go, and the seconds expected of them all.
+
+    They are `first` and the members that wait with the same rows, whose rows are taken from their queues, as many as
+    `limit_s` allows.
+    """
+    rows = sum([entry.rows for entry in entries])
+    expected_s = first.latency.expect(rows)
+    instances = [first]
+    if entries[0].alone:
+        return (first,), expected_s
+    # Equal parts shall not fail by a rounding error.
+    limit_s *= 1 + 1e-6
+    for member, instance in lane.instances.items():
+        if instance is first or queues.waiting[member] < rows or rows > instance.batch_size:
+            continue
+        more_s = instance.latency.expect(rows)
+        if expected_s + more_s <= limit_s and queues.cut_same(member, entries):
+            instances.append(instance)
+            expected_s += more_s
+    return tuple(instances), expected_s
+
+
+def completed(request: Request, rows: int, instances: Sequence[Instance]) -> int:
+    """The members, as bits, that have answered all rows of a request with these `rows` of it."""
+    left = request.left = request.left or {}
+    whole = 0
+    for instance in instances:
+        member = instance.member
+        left[member] = left.get(member, request.rows) - rows
+        if not left[member]:
+            whole |= 1 << member
+    return whole
