@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -25,26 +24,12 @@ from ensemble_gateway.queues import Entry, Request, bits
 from ensemble_gateway.request import Answer, Array, InferHeader, Model, RequestError
 from ensemble_gateway.rowstore import Ranges, RowStore, slots_within
 from ensemble_gateway.served import served_models
+from ensemble_gateway.sinks import FutureSink, Sink
 
 OVERDUE_CHECK_S = 0.5
 RETRY_AFTER_S = 1
 
 _REASONS = {499: Failure.CANCELED, 500: Failure.BACKEND, 503: Failure.REJECTED, 504: Failure.TIMEOUT}
-
-
-class Sink(Protocol):
-    """Who asked: exactly one of the three is called, once, unless the request is cancelled."""
-
-    header: InferHeader
-
-    def answered(self, outputs: Sequence[Array]) -> None:
-        """The usual answer: every member answered; the model's outputs in its order, valid during the call only."""
-
-    def answered_in_full(self, answer: Answer) -> None:
-        """An answer with members missing, or with each member's outputs."""
-
-    def refused(self, error: RequestError) -> None:
-        """No answer."""
 
 
 LinkMaker = Callable[[WorkerAddress, SharedMemory, RowStore, LinkOwner], Link]
@@ -151,7 +136,7 @@ class Pipeline:
 
         Raises RequestError.
         """
-        sink = _FutureSink(header, self._loop.create_future())
+        sink = FutureSink(header, self._loop.create_future())
         request = self.submit(sink, binary)
         try:
             return await sink.future
@@ -324,27 +309,6 @@ class Pipeline:
             pending_requests=self._pending,
             live_instances=lambda index: sum(1 for _, i in self.dispatcher.instances() if i.member == index),
         )
-
-
-class _FutureSink:
-    """A sink for callers that await."""
-
-    def __init__(self, header: InferHeader, future: asyncio.Future[Answer]) -> None:
-        self.header = header
-        self.future = future
-
-    def answered(self, outputs: Sequence[Array]) -> None:
-        specs = self.header.model.outputs
-        copies = {spec.name: np.array(output) for spec, output in zip(specs, outputs, strict=True)}
-        self.answered_in_full(Answer(copies))
-
-    def answered_in_full(self, answer: Answer) -> None:
-        if not self.future.done():
-            self.future.set_result(answer)
-
-    def refused(self, error: RequestError) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
 
 
 def _bytes_of(array: Array) -> memoryview:
