@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ensemble_contract import wire
@@ -160,6 +161,17 @@ async def test_a_gateway_that_does_not_read_its_ring_is_dropped(path: Path) -> N
             await goes_on(worker, owner)
 
 
+async def test_a_ring_too_small_for_an_answer_drops_its_gateway(path: Path) -> None:
+    """The times of 64 instances are over half of the smallest ring that a gateway may ask for."""
+    async with running(worker_at(f"unix:{path}")) as worker, gateway(shared_link(path)) as owner:
+        with shared_stranger(path) as other:
+            other.greet(shared=msgspec.structs.replace(other.shared, ring_bytes=wire.MIN_RING_BYTES))
+            await other.welcome()
+            other.write(run(1, [(0, 1)], instances=INSTANCES))
+            await other.is_dropped()
+            await goes_on(worker, owner)
+
+
 def bad_hellos() -> dict[str, tuple[wire.SharedLayout, str]]:
     store = StoreLayout(INPUTS, 64).total_bytes
     good = wire.SharedLayout(store, 64, RING, ARENA)
@@ -248,10 +260,20 @@ async def test_a_worker_that_breaks_the_protocol_is_left_and_tried_again(path: P
         result_of(1, 0, claimed=0),
         result_of(1, 65, claimed=65),
         result_of(1, 1, claimed=2),
+        wire.encode_result(1, 1, [1, 1]),
         wire.PING,
         None,
     ],
-    ids=["noise", "unknown batch", "no instance", "65 instances", "fewer instances than said", "ping", "positions"],
+    ids=[
+        "noise",
+        "unknown batch",
+        "no instance",
+        "65 instances",
+        "fewer instances than said",
+        "more instances than asked",
+        "ping",
+        "positions",
+    ],
 )
 async def test_a_ring_from_the_worker_that_is_spoilt_ends_the_link(path: Path, record: bytes | None) -> None:
     owner = Gateway()

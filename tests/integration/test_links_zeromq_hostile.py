@@ -98,6 +98,7 @@ Y, MARK, ANSWERED = (bytes(3 * spec.row_bytes) for spec in OUTPUTS)
 BAD_ANSWERS: dict[str, tuple[Sequence[int], list[bytes]]] = {
     "one output": ((1,), [Y]),
     "short outputs": ((1,), [Y, MARK, ANSWERED[:-8]]),
+    "three instances, times of two": ((1, 2, 3), [3 * Y, 3 * MARK, 3 * ANSWERED]),
     "two instances, rows of one": ((1, 2), [Y, MARK, ANSWERED]),
     "two instances, one of them without an output": ((1, 2), [2 * Y, 2 * MARK, ANSWERED]),
     "one instance, rows of two": ((1,), [2 * Y, 2 * MARK, 2 * ANSWERED]),
@@ -149,7 +150,7 @@ async def test_a_worker_that_breaks_the_protocol_is_left(
                     instances, outputs = BAD_ANSWERS[reply]
                     batch = owner.send(3, instances=instances)
                     assert batch is not None
-                    reply = [wire.encode_result(batch.id, 1, [1] * len(instances)), *outputs]
+                    reply = [wire.encode_result(batch.id, 1, [1] * min(2, len(instances))), *outputs]
                 worker.sock.send_multipart([identity, *reply])
             await owner.until(lambda: "it broke the protocol" in caplog.text)
             assert not link.connected

@@ -143,9 +143,11 @@ class Dispatcher:
         """
         if blame:
             return self._requeue(batch, (batch.lane.worker,)) + self._lose(batch.lane.worker, batch.lane)
+        if len(batch.instances) > 1:
+            # It does not say which: each by itself, the others live on.
+            return self.fail(batch, "")
         alive = self._lanes.alive
-        for instance in batch.instances:
-            self._lanes.drop(batch.lane, instance)
+        self._lanes.drop(batch.lane, batch.instances[0])
         return self._requeue(batch, ()) + self._finish_without_dead(alive)
 
     def fail(self, batch: Batch, cause: str) -> list[Request]:

@@ -55,6 +55,12 @@ def check_state(state: State, worker: str, cache_rows: int | None) -> None:
             raise ProtocolError(f"its cache of {state.cache_rows} rows is smaller than {batch}")
 
 
+def check_times(result: Result, instances: int) -> None:
+    """Raise ProtocolError if a Result has not the times of as many instances as its Run had."""
+    if len(result.compute_ns) != instances:
+        raise ProtocolError(f"a RESULT of {len(result.compute_ns)} instances, not {instances}")
+
+
 class Link(Protocol):
     """A worker as the pipeline sees it."""
 

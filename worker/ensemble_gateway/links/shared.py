@@ -24,7 +24,7 @@ from ensemble_contract.layout import StoreLayout, aligned, result_offsets
 from ensemble_contract.ring import HEADER_BYTES, Ring
 from ensemble_contract.tensors import rows_of
 from ensemble_gateway.batches import Batch
-from ensemble_gateway.links import LinkOwner, check_state
+from ensemble_gateway.links import LinkOwner, check_state, check_times
 from ensemble_gateway.links.cache import CacheMap, Slots, freed_ranges
 from ensemble_gateway.rowstore import RowStore
 
@@ -275,6 +275,7 @@ class SharedLink:
         if isinstance(message, wire.Failed):
             self._owner.worker_failed(message)
         else:
+            check_times(message, many)
             outputs = []
             for start, spec in zip(starts, self._outputs, strict=True):
                 raw = session.results[at + start : at + start + many * rows * spec.row_bytes]

@@ -24,7 +24,7 @@ from ensemble_contract.keys import KeyFiles
 from ensemble_contract.plan import WorkerAddress
 from ensemble_contract.tensors import rows_of
 from ensemble_gateway.batches import Batch
-from ensemble_gateway.links import HEARTBEAT_S, SILENCE_S, LinkOwner, check_state
+from ensemble_gateway.links import HEARTBEAT_S, SILENCE_S, LinkOwner, check_state, check_times
 from ensemble_gateway.links.cache import CacheMap, Slots, freed_ranges
 from ensemble_gateway.rowstore import RowStore
 
@@ -148,7 +148,8 @@ class ZeroMQLink:
         sock.ipv6 = True
         # A new identity for every connection: what a former one still had under way cannot be mistaken.
         sock.identity = f"{self._gateway}/{uuid.uuid4().hex[:12]}".encode()
-        largest = self._store.layout.slots * max(spec.row_bytes for spec in self._outputs)
+        # All members' rows of one output may come in one frame.
+        largest = max(output.nbytes for output in self._store.outputs)
         sock.setsockopt(zmq.MAXMSGSIZE, min(wire.MAX_FRAME_BYTES + largest, (1 << 63) - 1))
         if self._keys is not None:
             sock.curve_publickey, sock.curve_secretkey = self._keys.own_public, self._keys.own_secret
@@ -250,6 +251,7 @@ class ZeroMQLink:
         if isinstance(message, wire.Failed):
             self._owner.worker_failed(message)
         else:
+            check_times(message, many)
             if len(frames) != len(self._outputs):
                 raise ProtocolError(f"a RESULT of {len(frames)} outputs, not {len(self._outputs)}")
             try:

@@ -292,7 +292,8 @@ class SharedPeer:
                 os.eventfd_write(self._gateway_doorbell, 1)
             except BlockingIOError:
                 return
-            except (OSError, ProtocolError) as error:
+            except (OSError, ProtocolError, ValueError) as error:
+                # ValueError: its ring is too small for this answer.
                 reason = str(error)
             if not reason:
                 return
