@@ -190,17 +190,21 @@ def test_of_members_that_lost_a_worker_together_only_the_guilty_one_fails() -> N
     assert request.causes == {1: "its rows lost two workers, w0 and w1"}
 
 
-def test_a_worker_without_one_of_a_batchs_instances_gets_none_of_them_until_it_says_what_it_has() -> None:
+def test_a_worker_that_lacks_one_of_a_batchs_instances_is_asked_for_each_by_itself() -> None:
     ledger = ledger_with("w0", members=3)
     request = admitted(ledger, wanted=0b011)
     (batch,) = ledger.assign()
     assert len(batch.instances) == 2
     assert ledger.unknown(batch) == []
-    assert [ledger.dispatcher.alive(member) for member in range(3)] == [False, False, True]
+    assert all(ledger.dispatcher.alive(member) for member in range(3)), "it did not say which one it lacks"
+    first, second = ledger.assign()
+    assert given_together([first, second]) == [("w0", (0,), 1), ("w0", (1,), 1)]
+    assert ledger.unknown(second) == []
+    assert [ledger.dispatcher.alive(member) for member in range(3)] == [True, False, True]
+    assert ledger.answer(first, TINY_S) == []
     hosting(ledger, "w0", 0, 1, row_s=TINY_S, first_id=50)
     (again,) = ledger.assign()
-    assert given_together([again]) == [("w0", (0, 1), 1)], "nothing failed: they may run together again"
-    assert ledger.answer(again, TINY_S, TINY_S) == [request]
+    assert ledger.answer(again, TINY_S) == [request]
 
 
 def test_a_batch_of_several_members_is_given_up_when_one_of_its_instances_goes() -> None:

@@ -133,8 +133,9 @@ class DispatcherMachine(RuleBasedStateMachine):
         if not self.ledger.running:
             return
         batch = self._pick(which)
-        for one in batch.instances:
-            del self.hosted[batch.lane.worker][one.member]
+        if len(batch.instances) == 1:
+            # Of several it is not said which one is unknown: each is tried by itself.
+            self.hosted[batch.lane.worker].pop(batch.instances[0].member, None)
         self.ledger.unknown(batch)
 
     @rule(seconds=st.sampled_from([0.0, 0.001, 0.01, 0.1, 3.0]))

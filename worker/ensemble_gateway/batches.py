@@ -10,7 +10,7 @@ from ensemble_gateway.queues import Entry, Queues, Request
 
 # Members of one lane that wait with the same rows run as one batch while it is expected to take no longer than this:
 # sending, waking and answering cost as much as a tiny network.
-FUSE_S = 0.0005
+FUSE_S = 0.001
 # Where other lanes are idle, they share such work in equal parts of at least this: below, a message costs more than it
 # gains.
 SHARE_S = 0.00015
