@@ -284,3 +284,21 @@ async def test_a_malformed_head_behind_a_chunked_request_is_a_v2_error(client: C
     reply = await client.ask(b"GET / HTTP/1.1\r\nno colon\r\n\r\n")
     assert (reply.status, reply.error) == (400, "this is no HTTP request: Invalid header token")
     assert await client.ended()
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        b"",
+        post(b"", Content_Length=None, Transfer_Encoding="chunked") + b"0\r\n\r\n",
+    ],
+    ids=["first", "after a body in chunks"],
+)
+async def test_another_version_of_http_is_refused_in_ours(client: Client, before: bytes) -> None:
+    """Also where aiohttp reads the connection, which would answer in the client's version."""
+    if before:
+        assert (await client.ask(before)).status == 400
+    reply = await client.ask(get("/v2").replace(b"HTTP/1.1", b"HTTP/0.9"))
+    assert reply.status == 505
+    assert "HTTP/0.9 is not served" in reply.error
+    assert await client.ended()

@@ -146,6 +146,17 @@ def test_an_unknown_instance_gets_nothing_more() -> None:
     assert ledger.answer(again, 0.01) == [request]
 
 
+def test_an_unknown_instance_gets_nothing_more_although_it_was_told_again_meanwhile() -> None:
+    ledger = Ledger(1)
+    hosting(ledger, "w0", 0, size=4)
+    admitted(ledger)
+    (batch,) = ledger.assign()
+    hosting(ledger, "w0", 0, size=1)
+    assert ledger.unknown(batch) == []
+    assert not ledger.dispatcher.alive(0)
+    assert ledger.assign() == []
+
+
 def test_an_instance_that_goes_gives_its_rows_to_another_and_the_others_go_on() -> None:
     ledger = Ledger(2)
     hosting(ledger, "w0", 0, 1, serial=False)

@@ -315,6 +315,12 @@ class Connection(asyncio.Protocol):
             self._resume()
             self._lend_all()
 
+    def refuse_and_close(self, error: RequestError) -> None:
+        """Answer what aiohttp has parsed and cannot answer, as the last thing on this connection."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(error_reply(error, keep_alive=False))
+            self._transport.close()
+
     # -- closing, pausing -----------------------------------------------------------------------------------------
 
     def close_if_idle(self) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
 
 from ensemble_gateway.admission import SMALL_BYTES, BodyBudget, Limits, Receiver
 from ensemble_gateway.connection import Connection
@@ -19,7 +19,8 @@ from ensemble_gateway.heads import Head, Heads
 from ensemble_gateway.lent import lent_protocols
 from ensemble_gateway.pipeline import Pipeline
 from ensemble_gateway.replies import Replies
-from ensemble_gateway.request import InferHeader
+from ensemble_gateway.request import InferHeader, RequestError
+from ensemble_gateway.routes import error_response
 from ensemble_gateway.v2 import parse_header
 
 CACHED_JSON_BYTES = 4096
@@ -72,6 +73,12 @@ class Edge:
         connection = self.connections.get(request.transport) if request.transport is not None else None
         if connection is None:
             return await handler(request)
+        if request.version not in (HttpVersion10, HttpVersion11):
+            version = f"{request.version.major}.{request.version.minor}"
+            error = RequestError(505, f"HTTP/{version} is not served: use HTTP/1.1")
+            # aiohttp would answer in the client's version: it is told a closed connection instead.
+            connection.refuse_and_close(error)
+            return error_response(error)
         connection.lent_request_began()
         turn = _Turn()
         size = CHUNKED_BYTES if request.content_length is None else request.content_length

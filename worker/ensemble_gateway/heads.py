@@ -112,13 +112,16 @@ def _parse(text: bytes, max_body_bytes: int) -> Head:
     parser = fields.parser = httptools.HttpRequestParser(fields)
     try:
         parser.feed_data(text)
+        upgrade = False
     except httptools.HttpParserUpgrade:
-        return Head(len(text), len(text), endless=True)
+        upgrade = True
     except httptools.HttpParserError as error:
         return Head(len(text), len(text), refusal=(400, f"this is no HTTP request: {error}"))
     version = parser.get_http_version()
     if version not in _VERSIONS:
         return Head(len(text), len(text), refusal=(505, f"HTTP/{version} is not served: use HTTP/1.1"))
+    if upgrade:
+        return Head(len(text), len(text), endless=True)
     values = dict(fields.headers)
     expectation = values.get(b"expect", b"100-continue")
     if expectation.lower() != b"100-continue":

@@ -115,7 +115,9 @@ class Lanes:
 
     def drop(self, lane: Lane, instance: Instance) -> None:
         """An instance does not exist: its lane runs the others only."""
-        if lane in self.by_worker.get(lane.worker, ()) and lane.instances.get(instance.member) is instance:
+        hosted = lane.instances.get(instance.member)
+        # By id: a State may have told it again, with another batch size, while the batch ran.
+        if lane in self.by_worker.get(lane.worker, ()) and hosted is not None and hosted.id == instance.id:
             was_open = lane.open
             self._set_open(lane, is_open=False)
             self._remove(lane, instance.member)
