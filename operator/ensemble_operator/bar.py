@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ensemble_operator.live import PLAIN_WIDTH
+from ensemble_operator.serve.live import PLAIN_WIDTH
 
 LINE_EVERY_S = 5.0
 

@@ -13,8 +13,8 @@ from ensemble_operator.allocation.errors import AllocationError, DoesNotFit, Inv
 from ensemble_operator.commands import bench, crd, devices, plan, profile, serve
 from ensemble_operator.errors import EnsembleError, InvalidSpec
 from ensemble_operator.exits import ExitCode
-from ensemble_operator.preparation import ModelUnavailable
 from ensemble_operator.resource_file import ResourceUnreadable
+from ensemble_operator.serve.preparation import ModelUnavailable
 
 COMMANDS = (serve, plan, profile, bench, devices, crd)
 

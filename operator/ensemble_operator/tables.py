@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ensemble_operator.allocation.matrix import Matrix
-from ensemble_operator.measurements import Device
+from ensemble_operator.profiles.measurements import Device
 
 MIB = 1 << 20
 # A wider matrix does not fit on a terminal: each device's members are listed instead.

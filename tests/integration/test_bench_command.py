@@ -128,7 +128,7 @@ def test_ended_early_it_leaves_nothing(folder: Path, number: signal.Signals) -> 
         deadline = time.monotonic() + 40
         while True:
             children = psutil.Process(process.pid).children(recursive=True)
-            if any("ensemble_operator.loadgen" in child.cmdline() for child in children):
+            if any("ensemble_operator.load.loadgen" in child.cmdline() for child in children):
                 break
             assert process.poll() is None
             assert time.monotonic() < deadline

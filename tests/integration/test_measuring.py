@@ -17,9 +17,9 @@ import psutil
 from rich.console import Console
 
 from ensemble_contract.plan import ModelSource
-from ensemble_operator.downloads import Downloads
-from ensemble_operator.measurements import Device
-from ensemble_operator.measuring import Measurer, Task
+from ensemble_operator.profiles.measurements import Device
+from ensemble_operator.profiles.measuring import Measurer, Task
+from ensemble_operator.serve.downloads import Downloads
 from tests.support import models
 
 
@@ -60,8 +60,8 @@ RUNNER = """
 import asyncio, sys
 from pathlib import Path
 from ensemble_contract.plan import ModelSource
-from ensemble_operator.measurements import Device
-from ensemble_operator.measuring import Measurer, Task
+from ensemble_operator.profiles.measurements import Device
+from ensemble_operator.profiles.measuring import Measurer, Task
 source = ModelSource("cat", "d", sys.argv[1], "torch-export")
 measurer = Measurer((Device("cpu-0", "cpu", "K", 1 << 30, (0,)),), Path(sys.argv[2]), print)
 asyncio.run(measurer.measure({"cat": Task(source, False, (), (), (1,), 1.0)}))

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from ensemble_contract.tensors import TensorSpec
-from ensemble_operator.answer_stream import Answer, AnswerStream, Known, NotHttp
-from ensemble_operator.bench import Bench, Prediction
-from ensemble_operator.bench_report import bench_document, bench_table, headline, remarks
-from ensemble_operator.bench_target import Target, TargetUnusable, find_target, inputs_of
-from ensemble_operator.latencies import Latencies
-from ensemble_operator.loadgen import event_loop, generate
-from ensemble_operator.loads import Line, Load, Result, due_times, requests_of
+from ensemble_operator.load.answer_stream import Answer, AnswerStream, Known, NotHttp
+from ensemble_operator.load.bench import Bench, Prediction
+from ensemble_operator.load.latencies import Latencies
+from ensemble_operator.load.loadgen import event_loop, generate
+from ensemble_operator.load.loads import Line, Load, Result, due_times, requests_of
+from ensemble_operator.load.report import bench_document, bench_table, headline, remarks
+from ensemble_operator.load.target import Target, TargetUnusable, find_target, inputs_of
 
 X = TensorSpec("x", "FP32", (3,))
 OK = b'{"model_name":"m","outputs":[]}'

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from ensemble_contract.tensors import TensorSpec
-from ensemble_operator.curl import curl_line
+from ensemble_operator.serve.curl import curl_line
 
 SMALL = TensorSpec("x", "FP32", (4,))
 FLAG = TensorSpec("it's on", "BOOL", ())

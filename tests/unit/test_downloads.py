@@ -6,8 +6,8 @@ import io
 
 from rich.console import Console
 
-from ensemble_operator.downloads import Downloads
-from ensemble_operator.measurements import Download, download_of
+from ensemble_operator.profiles.measurements import Download, download_of
+from ensemble_operator.serve.downloads import Downloads
 
 MIB = 1 << 20
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ensemble_operator.fleet import GatewayState, InstanceReport, MemberState, WorkerReport
-from ensemble_operator.observation import Observed, Rates, progress, rates, worker_state
+from ensemble_operator.serve.observation import Observed, Rates, progress, rates, worker_state
 
 MEMBERS = ("a", "b")
 PLACED = {"a": ("w0", "w1"), "b": ("w1",)}

@@ -14,8 +14,8 @@ from ensemble_operator.allocation.described import described
 from ensemble_operator.allocation.errors import InvalidProblem
 from ensemble_operator.allocation.options import PlanOptions
 from ensemble_operator.allocation.planner import plan
-from ensemble_operator.cluster_file import composed
-from ensemble_operator.matrix_table import matrix_table, series_table
+from ensemble_operator.planning.cluster_file import composed
+from ensemble_operator.planning.matrix_table import matrix_table, series_table
 
 MIB = 1 << 20
 

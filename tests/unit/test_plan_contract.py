@@ -55,7 +55,7 @@ GOLDEN_WORKER = (
     '"outputs":[{"name":"y","datatype":"FP32","shape":[10]}],'
     '"members":[{"name":"small","digest":"d1","uri":"file:///m/small.pt2","format":"torch-export",'
     f'"activation":"softmax","sha256":"{"ab" * 32}","version":"2"}}],'
-    '"instances":[{"member":"small","batchSize":8}],"rowCacheBytes":1048576}'
+    '"instances":[{"member":"small","batchSize":8,"digest":""}],"rowCacheBytes":1048576}'
 )
 GOLDEN_GATEWAY = (
     '{"generation":3,"ensemble":"pets",'
@@ -66,7 +66,7 @@ GOLDEN_GATEWAY = (
     '"workers":[{"name":"cpu-0","address":"unix:/run/e/cpu-0.sock"},'
     '{"name":"gpu-1","address":"tcp://w-1.pets.svc:5555"}],'
     '"rule":"weightedMean","quorum":1,"labels":{"y":["cat","dog"]},'
-    '"timeoutS":30.0,"maxDelayS":0.0,"maxQueueBytes":536870912,"version":"1"}'
+    '"timeoutS":30.0,"maxDelayS":0.0,"maxQueueBytes":536870912,"version":"1","hold":false}'
 )
 FORMS: tuple[Any, ...] = (WorkerPlan, GatewayPlan)
 

@@ -11,7 +11,8 @@ from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.worstfit import fill, worst_fit
 from ensemble_operator.api import InferenceEnsemble, InvalidSpec, parse
-from ensemble_operator.measurements import (
+from ensemble_operator.plans import Tensors, gateway_plan, model_source, worker_plans
+from ensemble_operator.profiles.measurements import (
     UNMEASURED_OVERHEAD_BYTES,
     Device,
     Measurement,
@@ -25,7 +26,6 @@ from ensemble_operator.measurements import (
     planning_problem,
     sizes_to_measure,
 )
-from ensemble_operator.plans import Tensors, gateway_plan, model_source, worker_plans
 
 MIB = 1 << 20
 X = TensorSpec("x", "FP32", (4,))

@@ -9,11 +9,11 @@ from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.allocation.problem import Profile
 from ensemble_operator.api import parse_yaml
 from ensemble_operator.bar import Bar
-from ensemble_operator.cluster_file import composed
-from ensemble_operator.measurements import Device, Measurement, Point, Signature
-from ensemble_operator.profile_report import profile_document, profile_table, remarks
-from ensemble_operator.profiling import Profiled
-from ensemble_operator.progress_notes import MemberProgress
+from ensemble_operator.planning.cluster_file import composed
+from ensemble_operator.profiles.measurements import Device, Measurement, Point, Signature
+from ensemble_operator.profiles.profiling import Profiled
+from ensemble_operator.profiles.progress_notes import MemberProgress
+from ensemble_operator.profiles.report import profile_document, profile_table, remarks
 
 MIB = 1 << 20
 CLASS = "cpu, 1 core"

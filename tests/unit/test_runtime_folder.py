@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ensemble_operator.runtime_folder import PREFIX, YOUNG_S, runtime_folder
+from ensemble_operator.serve.runtime_folder import PREFIX, YOUNG_S, runtime_folder
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_base_that_is_too_long_or_not_there_is_not_used(tmp_path: Path) -> Non
 
 def test_the_folder_of_a_killed_runner_is_swept_and_a_living_one_is_not(base: Path) -> None:
     code = (
-        "import sys, time\nfrom ensemble_operator.runtime_folder import runtime_folder\n"
+        "import sys, time\nfrom ensemble_operator.serve.runtime_folder import runtime_folder\n"
         "with runtime_folder(sys.argv[1]) as folder:\n    print(folder, flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(base)], stdout=subprocess.PIPE, text=True) as runner:

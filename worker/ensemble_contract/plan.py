@@ -47,10 +47,14 @@ class ModelSource(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class Instance(msgspec.Struct, frozen=True, rename="camel"):
-    """A cell of the allocation matrix: a member on this worker's device, with its batch size in rows."""
+    """A cell of the allocation matrix: a member on this worker's device, with its batch size in rows.
+
+    While one version of a member replaces another, both are listed, and `digest` says which this is; empty: the only.
+    """
 
     member: str
     batch_size: int
+    digest: str = ""
 
 
 class WorkerPlan(msgspec.Struct, frozen=True, rename="camel"):
@@ -69,24 +73,36 @@ class WorkerPlan(msgspec.Struct, frozen=True, rename="camel"):
     row_cache_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
-        """Check that the instances name listed members once, with positive batch sizes."""
+        """Check that the instances name listed members, each pair of version and batch size once."""
         _check_generation(self.generation)
         _check_tensors(self.inputs, self.outputs)
         if self.row_cache_bytes < 0:
             raise InvalidPlan(f"rowCacheBytes: {self.row_cache_bytes} is below 0")
-        names = [m.name for m in self.members]
-        if len(set(names)) != len(names):
-            raise InvalidPlan("members: a name is listed twice")
-        placed = [i.member for i in self.instances]
+        versions = [(m.name, m.digest) for m in self.members]
+        if len(set(versions)) != len(versions):
+            raise InvalidPlan("members: a version of a member is listed twice")
+        placed = [(source_of(self.members, i), i.batch_size) for i in self.instances]
         if len(set(placed)) != len(placed):
-            raise InvalidPlan("instances: a member is placed twice on one device")
+            raise InvalidPlan("instances: a member is placed twice on one device with the same batch size")
         for instance in self.instances:
-            if instance.member not in names:
-                raise InvalidPlan(f"instances: member {instance.member!r} is not listed in members")
             if not 1 <= instance.batch_size <= 65_536:
                 raise InvalidPlan(
                     f"instances: batch size {instance.batch_size} of {instance.member!r} is not in 1..65536"
                 )
+
+
+def source_of(members: tuple[ModelSource, ...], instance: Instance) -> ModelSource:
+    """The version of a member that an instance runs.
+
+    Raises InvalidPlan if it is not listed, or of several it is not said which.
+    """
+    versions = [m for m in members if m.name == instance.member and instance.digest in ("", m.digest)]
+    if not versions:
+        version = f" {instance.digest}" if instance.digest else ""
+        raise InvalidPlan(f"instances: member {instance.member!r}{version} is not listed in members")
+    if len(versions) > 1:
+        raise InvalidPlan(f"instances: {len(versions)} versions of {instance.member!r} are listed: a digest is needed")
+    return versions[0]
 
 
 class ServedMember(msgspec.Struct, frozen=True, rename="camel"):
@@ -121,7 +137,11 @@ class WorkerAddress(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class GatewayPlan(msgspec.Struct, frozen=True, rename="camel"):
-    """What a gateway serves, with which rule, from which workers. Instances are what workers report live."""
+    """What a gateway serves, with which rule, from which workers. Instances are what workers report live.
+
+    With `hold`, requests are admitted to this plan at once and wait, within their deadlines, until its members live;
+    without, the former plan serves until every member of this one has a live instance.
+    """
 
     generation: int
     ensemble: str
@@ -136,6 +156,7 @@ class GatewayPlan(msgspec.Struct, frozen=True, rename="camel"):
     max_delay_s: float = 0.0
     max_queue_bytes: int = 512 << 20
     version: str = "1"
+    hold: bool = False
 
     def __post_init__(self) -> None:
         """Check rule, quorum, limits and names. A quorum of 0 means all members."""
@@ -153,6 +174,53 @@ class GatewayPlan(msgspec.Struct, frozen=True, rename="camel"):
             raise InvalidPlan(f"rule: {self.rule!r} needs floating outputs")
         if not 0 <= self.quorum <= len(names):
             raise InvalidPlan(f"quorum: {self.quorum} is not in 1..{len(names)}")
+
+
+class EnsemblePlan(msgspec.Struct, frozen=True, rename="camel"):
+    """The whole plan of an ensemble in one document: the mirror from which every pod can start by itself.
+
+    `sources` has each version of each member once; `rows` has, by worker, its instances as (index in `sources`, batch
+    size).
+    """
+
+    gateway: GatewayPlan
+    sources: tuple[ModelSource, ...]
+    rows: dict[str, tuple[tuple[int, int], ...]]
+    row_cache_bytes: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        """Check that every row names listed versions."""
+        for worker, row in self.rows.items():
+            for index, _ in row:
+                if not 0 <= index < len(self.sources):
+                    raise InvalidPlan(f"rows: {worker!r} names member {index} of {len(self.sources)}")
+
+    @property
+    def generation(self) -> int:
+        """The plan's generation; the highest wins."""
+        return self.gateway.generation
+
+    def worker(self, name: str) -> WorkerPlan | None:
+        """A worker's row of it; None if the plan does not know the worker.
+
+        Raises InvalidPlan if the row is inconsistent.
+        """
+        row = self.rows.get(name)
+        if row is None:
+            return None
+        sources = [self.sources[index] for index, _ in row]
+        return WorkerPlan(
+            generation=self.generation,
+            ensemble=self.gateway.ensemble,
+            worker=name,
+            inputs=self.gateway.inputs,
+            outputs=self.gateway.outputs,
+            members=tuple(dict.fromkeys(sources)),
+            instances=tuple(
+                Instance(source.name, size, source.digest) for source, (_, size) in zip(sources, row, strict=True)
+            ),
+            row_cache_bytes=self.row_cache_bytes,
+        )
 
 
 def _check_generation(generation: int) -> None:
@@ -194,10 +262,10 @@ def _check_tensors(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ..
             raise InvalidPlan(f"{field}: at least one, each with a name of its own")
 
 
-PlanT = TypeVar("PlanT", WorkerPlan, GatewayPlan)
+PlanT = TypeVar("PlanT", WorkerPlan, GatewayPlan, EnsemblePlan)
 
 
-def encode_plan(plan: WorkerPlan | GatewayPlan) -> bytes:
+def encode_plan(plan: WorkerPlan | GatewayPlan | EnsemblePlan) -> bytes:
     """The JSON of a plan.
 
     Raises InvalidPlan if it is over 900 kB, which a ConfigMap could not hold.

@@ -21,7 +21,7 @@ from aiohttp import web
 from ensemble_contract.errors import InvalidPlan
 from ensemble_contract.keys import KeyFiles
 from ensemble_contract.orphan import die_with_parent
-from ensemble_contract.plan import ModelSource, WorkerPlan, decode_plan, encode_plan
+from ensemble_contract.plan import ModelSource, WorkerPlan, decode_plan, encode_plan, source_of
 from ensemble_contract.wire import LiveInstance, State
 from ensemble_worker import devices, predictor, storage
 from ensemble_worker.admin import make_admin
@@ -192,8 +192,7 @@ class Worker:
     # -- instances ------------------------------------------------------------------------------------------------
 
     def _drop_unplanned(self, plan: WorkerPlan) -> None:
-        digests = {source.name: source.digest for source in plan.members}
-        wanted = {(one.member, digests[one.member], one.batch_size) for one in plan.instances}
+        wanted = {(one.member, source_of(plan.members, one).digest, one.batch_size) for one in plan.instances}
         gone = [key for key in self._placed if key not in wanted]
         for key in gone:
             placed = self._placed.pop(key)
@@ -203,10 +202,9 @@ class Worker:
             self._server.broadcast()
 
     async def _load_planned(self, plan: WorkerPlan) -> None:
-        sources = {source.name: source for source in plan.members}
         missing = []
         for instance in plan.instances:
-            source = sources[instance.member]
+            source = source_of(plan.members, instance)
             key = (source.name, source.digest, instance.batch_size)
             placed = self._placed.get(key)
             if placed is None or placed.running is None:

@@ -19,9 +19,9 @@ from ensemble_operator.commands.options import (
 from ensemble_operator.exits import ExitCode
 
 if TYPE_CHECKING:
-    from ensemble_operator.bench import Bench
-    from ensemble_operator.bench_target import Target
-    from ensemble_operator.loads import Load
+    from ensemble_operator.load.bench import Bench
+    from ensemble_operator.load.loads import Load
+    from ensemble_operator.load.target import Target
 
 CLOSED_LOOP_CLIENTS = 8
 OPEN_LOOP_CLIENTS = 64
@@ -70,8 +70,9 @@ def run(args: argparse.Namespace) -> int:
     """Put the load, and show what came of it. The exit code is 1 when nothing was answered."""
     import asyncio
 
-    from ensemble_operator import bench_report, documents
-    from ensemble_operator.live import Screen
+    from ensemble_operator import documents
+    from ensemble_operator.load import report as bench_report
+    from ensemble_operator.serve.live import Screen
 
     found = asyncio.run(_until_signalled(args))
     if args.output == "table":
@@ -96,8 +97,8 @@ async def _until_signalled(args: argparse.Namespace) -> Bench:
 
 
 async def _bench(args: argparse.Namespace) -> Bench:
-    from ensemble_operator import bench
-    from ensemble_operator.preparation import ServeOptions
+    from ensemble_operator.load import bench
+    from ensemble_operator.serve.preparation import ServeOptions
 
     def load_on(target: Target) -> Load:
         return _load(args, target)
@@ -119,7 +120,7 @@ async def _bench(args: argparse.Namespace) -> Bench:
 
 
 def _load(args: argparse.Namespace, target: Target) -> Load:
-    from ensemble_operator.loads import Load
+    from ensemble_operator.load.loads import Load
 
     return Load(
         host=target.host,

@@ -21,8 +21,8 @@ def run(args: argparse.Namespace) -> int:
     """List them."""
     import asyncio
 
-    from ensemble_operator.live import Screen
-    from ensemble_operator.measuring import find_devices
+    from ensemble_operator.profiles.measuring import find_devices
+    from ensemble_operator.serve.live import Screen
     from ensemble_operator.tables import devices_table
 
     Screen().result(devices_table(asyncio.run(find_devices(args.cpu_devices))))

@@ -13,8 +13,8 @@ from ensemble_operator.exits import ExitCode
 if TYPE_CHECKING:
     from ensemble_operator.allocation.planner import Plan
     from ensemble_operator.allocation.problem import Problem
-    from ensemble_operator.live import Screen
-    from ensemble_operator.planning import Question
+    from ensemble_operator.planning.question import Question
+    from ensemble_operator.serve.live import Screen
 
     Planned = list[tuple[str, Problem, Plan]]
 
@@ -49,10 +49,11 @@ def run(args: argparse.Namespace) -> int:
     import asyncio
     import time
 
-    from ensemble_operator import matrix_plot, planning
     from ensemble_operator.allocation.errors import InvalidProblem
     from ensemble_operator.allocation.planner import plan
-    from ensemble_operator.live import Screen
+    from ensemble_operator.planning import matrix_plot
+    from ensemble_operator.planning import question as planning
+    from ensemble_operator.serve.live import Screen
 
     if args.plot:
         matrix_plot.check_plot(args.plot)
@@ -77,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(screen: Screen, asked: Question, found: Planned, *, explain: bool) -> None:
     """The table of a series, if it is one, and the matrix of its last entry."""
-    from ensemble_operator import matrix_table
     from ensemble_operator.bar import screen_width
+    from ensemble_operator.planning import matrix_table
 
     screen.result(f"{asked.name}: {asked.source.strip()}")
     if len(found) > 1:
@@ -92,7 +93,7 @@ def _show(screen: Screen, asked: Question, found: Planned, *, explain: bool) -> 
 
 def _write(form: str, asked: Question, found: Planned, *, explain: bool) -> None:
     from ensemble_operator.documents import write
-    from ensemble_operator.matrix_table import plan_document
+    from ensemble_operator.planning.matrix_table import plan_document
 
     plans = [plan_document(label, problem, plan, explain=explain) for label, problem, plan in found]
     write(form, {"name": asked.name, "source": asked.source.strip(), "plans": plans})

@@ -37,9 +37,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure and show."""
     import asyncio
 
-    from ensemble_operator import documents, profile_report
-    from ensemble_operator.live import Screen
-    from ensemble_operator.profiling import profile
+    from ensemble_operator import documents
+    from ensemble_operator.profiles import report as profile_report
+    from ensemble_operator.profiles.profiling import profile
+    from ensemble_operator.serve.live import Screen
 
     screen = Screen()
     found = asyncio.run(profile(args.file, args.cpu_devices, args.budget, cache_folder(args), force=args.force))

@@ -58,9 +58,9 @@ def run(args: argparse.Namespace) -> int:
     import asyncio
     import signal
 
-    from ensemble_operator import local
-    from ensemble_operator.live import Screen
-    from ensemble_operator.preparation import ServeOptions
+    from ensemble_operator.serve import local
+    from ensemble_operator.serve.live import Screen
+    from ensemble_operator.serve.preparation import ServeOptions
 
     options = ServeOptions(
         file=args.file,

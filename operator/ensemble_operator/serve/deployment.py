@@ -15,9 +15,9 @@ from ensemble_operator.errors import EnsembleError
 from ensemble_operator.exits import ExitCode, describe
 from ensemble_operator.fleet import Fleet, GatewayState, Unreachable, WorkerReport
 from ensemble_operator.keys import GATEWAY_KEYS, WORKER_KEYS
-from ensemble_operator.measurements import Device
-from ensemble_operator.observation import Observed, Rates, worker_state
 from ensemble_operator.processes import Ended, Happening, KeptProcess, Program, Wrote
+from ensemble_operator.profiles.measurements import Device
+from ensemble_operator.serve.observation import Observed, Rates, worker_state
 from ensemble_operator.tables import DeviceView, LiveView, placed
 
 GATEWAY = "gateway"

@@ -15,10 +15,10 @@ from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.planner import plan
 from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.api import InferenceEnsemble, cluster_only, not_acted_upon
-from ensemble_operator.downloads import Downloads
 from ensemble_operator.errors import EnsembleError
-from ensemble_operator.live import Screen
-from ensemble_operator.measurements import (
+from ensemble_operator.planning.settings import options_of
+from ensemble_operator.plans import Tensors, model_source
+from ensemble_operator.profiles.measurements import (
     Device,
     Measurement,
     agreed_tensors,
@@ -26,9 +26,9 @@ from ensemble_operator.measurements import (
     planning_problem,
     sizes_to_measure,
 )
-from ensemble_operator.measuring import Measurer, Task, find_devices
-from ensemble_operator.plan_settings import options_of
-from ensemble_operator.plans import Tensors, model_source
+from ensemble_operator.profiles.measuring import Measurer, Task, find_devices
+from ensemble_operator.serve.downloads import Downloads
+from ensemble_operator.serve.live import Screen
 
 # Of each member, once it is loaded, for all batch sizes together.
 MEASURE_BUDGET_S = 2.5

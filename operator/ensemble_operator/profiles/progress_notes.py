@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ensemble_operator.bar import Bar
-from ensemble_operator.downloads import line
-from ensemble_operator.measurements import Download, Measurement
+from ensemble_operator.profiles.measurements import Download, Measurement
+from ensemble_operator.serve.downloads import line
 
 
 class MemberProgress:

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ensemble_operator import local
 from ensemble_operator.allocation.throughput import rows_per_s
 from ensemble_operator.bar import Bar
-from ensemble_operator.bench_target import Target, TargetUnusable, find_target
 from ensemble_operator.exits import describe
-from ensemble_operator.live import Screen
-from ensemble_operator.loads import Line, Load, Result
-from ensemble_operator.preparation import ServeOptions, prepare
+from ensemble_operator.load.loads import Line, Load, Result
+from ensemble_operator.load.target import Target, TargetUnusable, find_target
 from ensemble_operator.processes import run_once
-from ensemble_operator.runtime_folder import runtime_folder
+from ensemble_operator.serve import local
+from ensemble_operator.serve.live import Screen
+from ensemble_operator.serve.preparation import ServeOptions, prepare
+from ensemble_operator.serve.runtime_folder import runtime_folder
 
-GENERATOR = (sys.executable, "-m", "ensemble_operator.loadgen")
+GENERATOR = (sys.executable, "-m", "ensemble_operator.load.loadgen")
 
 
 @dataclass(frozen=True, slots=True)

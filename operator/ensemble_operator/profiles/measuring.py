@@ -18,7 +18,8 @@ from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.errors import EnsembleError
 from ensemble_operator.exits import describe
-from ensemble_operator.measurements import (
+from ensemble_operator.processes import run_once
+from ensemble_operator.profiles.measurements import (
     Device,
     Download,
     Measurement,
@@ -27,7 +28,6 @@ from ensemble_operator.measurements import (
     download_of,
     measurement_of,
 )
-from ensemble_operator.processes import run_once
 
 WORKER = (sys.executable, "-m", "ensemble_worker")
 # A profile of other versions of these is of another program.

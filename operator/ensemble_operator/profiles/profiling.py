@@ -16,11 +16,11 @@ from pathlib import Path
 from ensemble_operator import resource_file
 from ensemble_operator.api import InferenceEnsemble
 from ensemble_operator.bar import Bar
-from ensemble_operator.measurements import Device, Measurement, declared
-from ensemble_operator.measuring import Measurer, Task, find_devices
 from ensemble_operator.plans import model_source
-from ensemble_operator.preparation import ROW_CACHE_BYTES
-from ensemble_operator.progress_notes import MemberProgress
+from ensemble_operator.profiles.measurements import Device, Measurement, declared
+from ensemble_operator.profiles.measuring import Measurer, Task, find_devices
+from ensemble_operator.profiles.progress_notes import MemberProgress
+from ensemble_operator.serve.preparation import ROW_CACHE_BYTES
 
 Measured = Mapping[tuple[str, str], Measurement]
 

@@ -10,7 +10,7 @@ import numpy as np
 from ensemble_operator.allocation.planner import Plan
 from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.errors import EnsembleError
-from ensemble_operator.matrix_table import lines_of
+from ensemble_operator.planning.matrix_table import lines_of
 
 MAX_SINGLE_DEVICES = 64
 MAX_LABELLED_CELLS = 1500

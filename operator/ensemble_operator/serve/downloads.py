@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
-from ensemble_operator.measurements import Download
+from ensemble_operator.profiles.measurements import Download
 
 LINE_EVERY_S = 5.0
 MIB = 1 << 20

@@ -16,7 +16,7 @@ from ensemble_operator.allocation.described import Described, described
 from ensemble_operator.allocation.errors import MIB, InvalidProblem
 from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.api import InferenceEnsemble
-from ensemble_operator.measurements import UNMEASURED_OVERHEAD_BYTES, Device, Measurement, declared
+from ensemble_operator.profiles.measurements import UNMEASURED_OVERHEAD_BYTES, Device, Measurement, declared
 from ensemble_operator.resource_file import ResourceUnreadable
 
 Document = Mapping[str, Any]

@@ -8,19 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ensemble_operator import cluster_file, resource_file
+from ensemble_operator import resource_file
 from ensemble_operator.allocation.errors import InvalidProblem
 from ensemble_operator.allocation.options import PlanOptions
 from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.api import InferenceEnsemble, Planning
 from ensemble_operator.bar import Bar
-from ensemble_operator.cluster_file import Document
-from ensemble_operator.measurements import UNMEASURED_OVERHEAD_BYTES, planning_problem
-from ensemble_operator.measuring import find_devices
-from ensemble_operator.plan_settings import options_of
-from ensemble_operator.preparation import ModelUnavailable
-from ensemble_operator.profiling import Effort, held_bytes, measured_members
-from ensemble_operator.progress_notes import MemberProgress
+from ensemble_operator.planning import cluster_file
+from ensemble_operator.planning.cluster_file import Document
+from ensemble_operator.planning.settings import options_of
+from ensemble_operator.profiles.measurements import UNMEASURED_OVERHEAD_BYTES, planning_problem
+from ensemble_operator.profiles.measuring import find_devices
+from ensemble_operator.profiles.profiling import Effort, held_bytes, measured_members
+from ensemble_operator.profiles.progress_notes import MemberProgress
+from ensemble_operator.serve.preparation import ModelUnavailable
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 
 from ensemble_operator.addresses import free_tcp_address
 from ensemble_operator.allocation.memory import used_bytes
-from ensemble_operator.curl import curl_line
-from ensemble_operator.deployment import Deployment, Place
 from ensemble_operator.fleet import GatewayState
 from ensemble_operator.keys import write_keys
-from ensemble_operator.live import Screen
-from ensemble_operator.observation import Rates, progress, rates
 from ensemble_operator.plans import gateway_plan, worker_plans
-from ensemble_operator.preparation import ROW_CACHE_BYTES, Planned, ServeOptions, check_quorum, prepare
-from ensemble_operator.runtime_folder import runtime_folder
+from ensemble_operator.serve.curl import curl_line
+from ensemble_operator.serve.deployment import Deployment, Place
+from ensemble_operator.serve.live import Screen
+from ensemble_operator.serve.observation import Rates, progress, rates
+from ensemble_operator.serve.preparation import ROW_CACHE_BYTES, Planned, ServeOptions, check_quorum, prepare
+from ensemble_operator.serve.runtime_folder import runtime_folder
 from ensemble_operator.tables import allocation_table
 
 GENERATION = 1

@@ -7,8 +7,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ensemble_operator.bench import Bench
-from ensemble_operator.loads import Load
+from ensemble_operator.load.bench import Bench
+from ensemble_operator.load.loads import Load
 
 # From here on the generator, not the server, may be what limits.
 BUSY_GENERATOR = 0.8

@@ -1,4 +1,4 @@
-"""The load of `ensemble bench`: `python -m ensemble_operator.loadgen PARENT_PID`, a process of its own.
+"""The load of `ensemble bench`: `python -m ensemble_operator.load.loadgen PARENT_PID`, a process of its own.
 
 Reads a `Load` from standard input, prints `Line`s: progress, then the result. Being a process of its own, it is not
 disturbed by what else the command does, and its use of the CPU can be told.
@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from ensemble_contract.orphan import die_with_parent
-from ensemble_operator.load_clients import CONNECT_S, Connection, Generator
-from ensemble_operator.loads import Line, Load, Progress, Result, due_times, requests_of
+from ensemble_operator.load.clients import CONNECT_S, Connection, Generator
+from ensemble_operator.load.loads import Line, Load, Progress, Result, due_times, requests_of
 
 SENT_AT_ONCE = 16
 PROGRESS_S = 0.5

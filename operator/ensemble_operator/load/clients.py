@@ -11,9 +11,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from ensemble_operator.answer_stream import Answer, AnswerStream, Known, NotHttp
-from ensemble_operator.latencies import Latencies
-from ensemble_operator.loads import Load, Result
+from ensemble_operator.load.answer_stream import Answer, AnswerStream, Known, NotHttp
+from ensemble_operator.load.latencies import Latencies
+from ensemble_operator.load.loads import Load, Result
 
 CONNECT_S = 10.0
 RECONNECT_S = 0.1

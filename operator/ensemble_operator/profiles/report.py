@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ensemble_operator.allocation.errors import MIB, InvalidProblem
-from ensemble_operator.cluster_file import FAILURES, device_entries, overheads, profile_entries
-from ensemble_operator.measurements import planning_problem
-from ensemble_operator.profiling import Profiled, held_bytes
+from ensemble_operator.planning.cluster_file import FAILURES, device_entries, overheads, profile_entries
+from ensemble_operator.profiles.measurements import planning_problem
+from ensemble_operator.profiles.profiling import Profiled, held_bytes
 
 
 def profile_table(profiled: Profiled) -> Table:

@@ -1,0 +1,1 @@
+"""Load: the generator at protocol level, and `ensemble bench`, which tells what an ensemble does under it."""
