@@ -8,28 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ensemble_operator.addresses import AddressUnavailable
-from ensemble_operator.allocation.errors import AllocationError, DoesNotFit, InvalidProblem
-from ensemble_operator.commands import bench, crd, devices, plan, profile, serve
-from ensemble_operator.errors import EnsembleError, InvalidSpec
+from ensemble_operator.commands import apply, bench, crd, devices, operator, plan, profile, serve
+from ensemble_operator.exit_codes import EXPECTED, exit_code_of
 from ensemble_operator.exits import ExitCode
-from ensemble_operator.resource_file import ResourceUnreadable
-from ensemble_operator.serve.preparation import ModelUnavailable
 
-COMMANDS = (serve, plan, profile, bench, devices, crd)
-
-# The first that fits; what is not listed is unexpected and shows its traceback.
-EXIT_CODES: tuple[tuple[type[Exception], ExitCode], ...] = (
-    (InvalidSpec, ExitCode.INVALID_RESOURCE),
-    (ResourceUnreadable, ExitCode.INVALID_RESOURCE),
-    (InvalidProblem, ExitCode.INVALID_RESOURCE),
-    (ModelUnavailable, ExitCode.MODEL_UNAVAILABLE),
-    (DoesNotFit, ExitCode.NOTHING_FITS),
-    (AddressUnavailable, ExitCode.ADDRESS_UNAVAILABLE),
-    (EnsembleError, ExitCode.UNEXPECTED),
-    (AllocationError, ExitCode.UNEXPECTED),
-    (OSError, ExitCode.UNEXPECTED),
-)
+COMMANDS = (serve, apply, plan, profile, bench, devices, crd, operator)
 
 EPILOG = """exit codes:
   0  done, or stopped as asked
@@ -67,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has enough of it. The interpreter's own flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
-    except tuple(kind for kind, _ in EXIT_CODES) as error:
+    except EXPECTED as error:
         print(f"ensemble: {error}", file=sys.stderr)
-        return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+        return exit_code_of(error)
     except KeyboardInterrupt:
         return 130
     return code

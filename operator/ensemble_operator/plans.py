@@ -1,11 +1,11 @@
-"""From an ensemble, its models and its allocation matrix to the plans of its workers and gateways. Pure."""
+"""From an ensemble, its models and its allocation matrix to the plan of its workers and gateways. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ensemble_contract.plan import GatewayPlan, Instance, ModelSource, ServedMember, WorkerAddress, WorkerPlan
+from ensemble_contract.plan import EnsemblePlan, GatewayPlan, ModelSource, ServedMember, WorkerAddress
 from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.api import InferenceEnsemble, Member, member_digest
@@ -36,29 +36,20 @@ def model_source(member: Member, resolved: Member) -> ModelSource:
     )
 
 
-def worker_plans(
-    ensemble: str,
-    generation: int,
-    matrix: Matrix,
-    sources: Mapping[str, ModelSource],
-    tensors: Tensors,
-    row_cache_bytes: int,
-) -> dict[str, WorkerPlan]:
-    """A plan for every device of the matrix, by the device's name, with the members that are placed there only."""
-    plans = {}
-    for index, device in enumerate(matrix.devices):
-        row = matrix.row(index)
-        plans[device] = WorkerPlan(
-            generation=generation,
-            ensemble=ensemble,
-            worker=device,
-            inputs=tensors.inputs,
-            outputs=tensors.outputs,
-            members=tuple(sources[member] for member in row),
-            instances=tuple(Instance(member, batch_size) for member, batch_size in row.items()),
-            row_cache_bytes=row_cache_bytes,
-        )
-    return plans
+def ensemble_plan(
+    gateway: GatewayPlan, matrix: Matrix, sources: Mapping[str, ModelSource], row_cache_bytes: int
+) -> EnsemblePlan:
+    """The whole plan: what the gateway serves, and the matrix as a row for every worker that the gateway knows.
+
+    A device of the matrix is named as its worker.
+    """
+    indices = {member: index for index, member in enumerate(sources)}
+    placed = {
+        device: tuple((indices[member], size) for member, size in matrix.row(at).items())
+        for at, device in enumerate(matrix.devices)
+    }
+    rows = {worker.name: placed.get(worker.name, ()) for worker in gateway.workers}
+    return EnsemblePlan(gateway, tuple(sources.values()), rows, row_cache_bytes)
 
 
 def gateway_plan(

@@ -79,7 +79,7 @@ async def back(workers: Workers, local: LocalGateway, index: int) -> None:
 
 def instances(local: LocalGateway, worker: str) -> list[int]:
     """The members that the gateway has live on a worker."""
-    return [instance.member for name, instance in local.gateway.pipeline.dispatcher.instances() if name == worker]
+    return [instance.member for name, instance in local.gateway.pipeline.engine.dispatcher.instances() if name == worker]
 
 
 @pytest.mark.slow
@@ -93,11 +93,11 @@ async def test_a_worker_lost_under_load_costs_no_request(pair: Workers, number: 
             await load.answered(50)
             if number == signal.SIGSTOP:
                 async with asyncio.timeout(LOST_S):
-                    while local.gateway.pipeline.links["left"].connected:
+                    while local.gateway.pipeline.engine.links["left"].connected:
                         await asyncio.sleep(0.02)
                 pair.processes[0].signal(signal.SIGCONT)
                 async with asyncio.timeout(LOST_S):
-                    while not local.gateway.pipeline.links["left"].connected:
+                    while not local.gateway.pipeline.engine.links["left"].connected:
                         await asyncio.sleep(0.02)
             else:
                 await back(pair, local, 0)
@@ -126,7 +126,7 @@ async def test_without_another_instance_a_quorum_answers_or_503(tmp_path: Path) 
             reply = await client.ask(infer(x, model="echo.times2", parameters={"timeout": 300_000}))
             assert reply.status == 503
             assert loop.time() - began < 3
-            assert local.gateway.pipeline.store.used_rows == 0
+            assert local.gateway.pipeline.engine.store.used_rows == 0
             # What waits when the worker comes back is answered.
             waiting = asyncio.create_task(client.ask(infer(x, parameters={"timeout": 40_000_000}), 60))
             await asyncio.sleep(0.1)

@@ -235,7 +235,6 @@ SPEC = Group(
             Choice(("Online", "Pause")),
             "Pause: requests may be held while members are swapped.",
             "Online",
-            scope=LATER,
         ),
         Field(
             "podTemplate",

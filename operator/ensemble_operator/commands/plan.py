@@ -11,6 +11,7 @@ from ensemble_operator.commands.options import above_zero, add_machine, add_outp
 from ensemble_operator.exits import ExitCode
 
 if TYPE_CHECKING:
+    from ensemble_operator.allocation.options import PlanOptions
     from ensemble_operator.allocation.planner import Plan
     from ensemble_operator.allocation.problem import Problem
     from ensemble_operator.planning.question import Question
@@ -34,6 +35,14 @@ def add_to(subparsers: Subparsers) -> None:
     parser.add_argument("--explain", action="store_true", help="say why each instance is where it is")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the matrix to a .png, .svg or .pdf file")
     parser.add_argument("--strategy", choices=("greedy", "greedy-paper", "exact"), help="instead of the resource's")
+    parser.add_argument(
+        "--evaluate",
+        choices=("model", "live"),
+        help="score candidates by the model of their throughput, or run each on this machine (default: the resource's)",
+    )
+    parser.add_argument(
+        "--window", type=duration, metavar="TIME", help="that answers of a live candidate are counted (default: 2s)"
+    )
     parser.add_argument("--objective", choices=("throughput", "devices"), help="instead of the resource's")
     parser.add_argument(
         "--target-throughput", type=above_zero, metavar="ROWS_PER_S", help="to reach with --objective devices"
@@ -47,24 +56,14 @@ def add_to(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan and show."""
     import asyncio
-    import time
 
-    from ensemble_operator.allocation.errors import InvalidProblem
-    from ensemble_operator.allocation.planner import plan
     from ensemble_operator.planning import matrix_plot
-    from ensemble_operator.planning import question as planning
     from ensemble_operator.serve.live import Screen
 
     if args.plot:
         matrix_plot.check_plot(args.plot)
     screen = Screen()
-    sources = planning.Sources(args.file, args.inventory, args.profiles, args.cpu_devices, cache_folder(args))
-    asked = asyncio.run(planning.question(sources, screen.note))
-    try:
-        options = planning.plan_options(asked.planning, args)
-    except InvalidProblem as error:
-        raise planning.with_source(error, str(args.file)) from None
-    found = [(label, problem, plan(problem, options, clock=time.monotonic)) for label, problem in asked.problems]
+    asked, found = asyncio.run(_planned(args, screen))
     if args.output == "table":
         _show(screen, asked, found, explain=args.explain)
     else:
@@ -74,6 +73,38 @@ def run(args: argparse.Namespace) -> int:
         matrix_plot.plot_matrix(f"{asked.name} on {label}", problem, last, args.plot)
         screen.note(f"drawn to {args.plot}")
     return ExitCode.OK
+
+
+async def _planned(args: argparse.Namespace, screen: Screen) -> tuple[Question, Planned]:
+    import time
+
+    from ensemble_operator.allocation.errors import InvalidProblem
+    from ensemble_operator.allocation.planner import plan
+    from ensemble_operator.planning import question as planning
+
+    sources = planning.Sources(args.file, args.inventory, args.profiles, args.cpu_devices, cache_folder(args))
+    asked = await planning.question(sources)
+    try:
+        options = planning.plan_options(asked.planning, args)
+    except InvalidProblem as error:
+        raise planning.with_source(error, str(args.file)) from None
+    evaluate = args.evaluate or (asked.planning.evaluate if asked.planning else "model")
+    if evaluate == "live" and asked.here:
+        return asked, [
+            (label, problem, await _live(args, problem, options, screen)) for label, problem in asked.problems
+        ]
+    if evaluate == "live":
+        screen.warn("candidates for devices or profiles of elsewhere cannot run here: they are scored by the model")
+    return asked, [(label, problem, plan(problem, options, clock=time.monotonic)) for label, problem in asked.problems]
+
+
+async def _live(args: argparse.Namespace, problem: Problem, options: PlanOptions, screen: Screen) -> Plan:
+    import os
+
+    from ensemble_operator.planning.live import Machine, plan_here
+
+    machine = Machine(args.cpu_devices, cache_folder(args), os.environ.get("XDG_RUNTIME_DIR"))
+    return await plan_here(args.file, problem, options, machine, screen, args.window)
 
 
 def _show(screen: Screen, asked: Question, found: Planned, *, explain: bool) -> None:

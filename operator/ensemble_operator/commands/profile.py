@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ensemble_operator.commands.arguments import Subparsers
 from ensemble_operator.commands.options import add_machine, add_output, cache_folder, duration
 from ensemble_operator.exits import ExitCode
+
+if TYPE_CHECKING:
+    from ensemble_operator.profiles.profiling import Profiled
+    from ensemble_operator.profiles.serving_cost import ServingCost
 
 
 def add_to(subparsers: Subparsers) -> None:
@@ -39,13 +44,24 @@ def run(args: argparse.Namespace) -> int:
 
     from ensemble_operator import documents
     from ensemble_operator.profiles import report as profile_report
-    from ensemble_operator.profiles.profiling import profile
     from ensemble_operator.serve.live import Screen
 
     screen = Screen()
-    found = asyncio.run(profile(args.file, args.cpu_devices, args.budget, cache_folder(args), force=args.force))
+    found, cost = asyncio.run(_profiled(args))
     if args.output == "table":
-        screen.result(profile_report.profile_table(found), *profile_report.remarks(found))
+        screen.result(profile_report.profile_table(found), *profile_report.remarks(found, cost))
     else:
         documents.write(args.output, profile_report.profile_document(found))
     return ExitCode.OK if any(m.points for m in found.measured.values()) else ExitCode.MODEL_UNAVAILABLE
+
+
+async def _profiled(args: argparse.Namespace) -> tuple[Profiled, ServingCost | None]:
+    import os
+
+    from ensemble_operator.load.serving import serving_cost
+    from ensemble_operator.profiles.profiling import profile
+
+    cache = cache_folder(args)
+    found = await profile(args.file, args.cpu_devices, args.budget, cache, force=args.force)
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return found, await serving_cost(args.file, found, args.cpu_devices, cache, runtime, force=args.force)

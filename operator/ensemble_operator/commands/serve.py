@@ -6,7 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
-from ensemble_operator.commands.arguments import Subparsers, at_least_one, port
+from ensemble_operator.commands.arguments import Subparsers, port
+from ensemble_operator.commands.options import add_machine, cache_folder
 from ensemble_operator.exits import ExitCode
 
 
@@ -15,23 +16,13 @@ def add_to(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "serve",
         help="serve an ensemble on this machine",
-        description="Serve the InferenceEnsemble in FILE with processes on this machine, until Ctrl-C or SIGTERM.",
+        description="Serve the InferenceEnsemble in FILE with processes on this machine, until Ctrl-C or SIGTERM. "
+        "`ensemble apply` changes it meanwhile.",
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="YAML file with an InferenceEnsemble")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=port, default=8000, help="port; 0: any free one (default: %(default)s)")
-    parser.add_argument(
-        "--cpu-devices",
-        type=at_least_one,
-        metavar="N",
-        help="divide the CPU into N devices (default: all GPUs; without any, one device a core, at most 8)",
-    )
-    parser.add_argument(
-        "--cache-dir",
-        type=Path,
-        metavar="DIR",
-        help="where models and profiles are kept (default: $XDG_CACHE_HOME/ensemble-operator)",
-    )
+    add_machine(parser)
     parser.add_argument(
         "--link",
         choices=("shared", "zeromq"),
@@ -43,6 +34,12 @@ def add_to(subparsers: Subparsers) -> None:
         choices=("none", "curve"),
         default="none",
         help="of the link zeromq (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--socket",
+        type=Path,
+        metavar="PATH",
+        help="for `ensemble apply` (default: $XDG_RUNTIME_DIR/ensemble-operator/NAME.sock)",
     )
     parser.add_argument(
         "--log-level",
@@ -67,11 +64,12 @@ def run(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         cpu_devices=args.cpu_devices,
-        cache_folder=(args.cache_dir or _cache_folder()).absolute(),
+        cache_folder=cache_folder(args),
         runtime_base=os.environ.get("XDG_RUNTIME_DIR"),
         link=args.link,
         encryption=args.encryption,
         log_level=args.log_level,
+        socket=args.socket.absolute() if args.socket else None,
     )
 
     async def main() -> None:
@@ -85,9 +83,3 @@ def run(args: argparse.Namespace) -> int:
 
     asyncio.run(main())
     return ExitCode.OK
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative one is to be ignored, says the XDG Base Directory Specification.
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "ensemble-operator"

@@ -9,22 +9,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ensemble_contract.plan import GatewayPlan, WorkerPlan, encode_plan
+from ensemble_contract.errors import InvalidPlan
+from ensemble_contract.plan import EnsemblePlan, GatewayPlan, WorkerPlan, encode_plan
+from ensemble_contract.pod import PLAN_FILE
 from ensemble_operator.addresses import AddressUnavailable
 from ensemble_operator.errors import EnsembleError
 from ensemble_operator.exits import ExitCode, describe
-from ensemble_operator.fleet import Fleet, GatewayState, Unreachable, WorkerReport
+from ensemble_operator.fleet import Fleet, GatewayState, Refused, Unreachable, WorkerReport
 from ensemble_operator.keys import GATEWAY_KEYS, WORKER_KEYS
 from ensemble_operator.processes import Ended, Happening, KeptProcess, Program, Wrote
 from ensemble_operator.profiles.measurements import Device
 from ensemble_operator.serve.observation import Observed, Rates, worker_state
-from ensemble_operator.tables import DeviceView, LiveView, placed
+from ensemble_operator.tables import DeviceView, LiveView
 
 GATEWAY = "gateway"
 WORKER_GRACE_S = 5.0
 # Beyond the deadline of the requests that it still has.
 GATEWAY_GRACE_S = 5.0
 LONGEST_DRAIN_S = 60.0
+
+
+class PlanNotKept(EnsembleError):
+    """A plan cannot be written for the processes, or is too large; they go on with the former one."""
 
 
 class GatewayFailed(EnsembleError):
@@ -44,37 +50,50 @@ class Place:
 
 
 class Deployment:
-    """The processes that serve one ensemble."""
+    """The processes that serve one ensemble, and the plan that they serve."""
 
     def __init__(
         self,
         devices: Mapping[str, Device],
-        plans: Mapping[str, WorkerPlan],
-        gateway: GatewayPlan,
+        plan: EnsemblePlan,
         place: Place,
         say: Callable[[str, str], None],
     ) -> None:
-        """`say` takes the name of a process and a line about it. Nothing is started yet."""
-        self._plans, self._gateway_plan, self._place, self._say = plans, gateway, place, say
+        """A worker for every row of the plan; `devices` by worker.
+
+        `say` takes the name of a process and a line about it. Nothing is started yet.
+        """
+        self.plan = plan
+        self._place, self._say = place, say
         self._fleet = Fleet()
         self._last_words: dict[str, str] = {}
         self._last_codes: dict[str, int] = {}
-        addresses = {worker.name: worker.address for worker in gateway.workers}
+        addresses = {worker.name: worker.address for worker in plan.gateway.workers}
         self._workers = {
-            name: KeptProcess(self._worker_program(devices[name], addresses[name]), self._happened) for name in plans
+            name: KeptProcess(self._worker_program(devices[name], addresses[name]), self._happened)
+            for name in plan.rows
         }
         self._gateway = KeptProcess(self._gateway_program(), self._happened)
 
     def start(self) -> None:
-        """Write the plans and start every process with its own: a process that comes back starts with its plan, too.
+        """Write the plan and start every process with it: one that comes back starts with the newest.
 
-        Raises OSError if the plans cannot be written.
+        Raises PlanNotKept.
         """
-        for name, plan in self._plans.items():
-            self._plan_file(name).write_bytes(encode_plan(plan))
-        self._plan_file(GATEWAY).write_bytes(encode_plan(self._gateway_plan))
+        self._write(self.plan)
         for process in (self._gateway, *self._workers.values()):
             process.start()
+
+    async def push(self, plan: EnsemblePlan) -> None:
+        """Replace the plan; it must have the same workers.
+
+        Written first, then told: a process that does not answer now finds it by itself. Raises PlanNotKept.
+        """
+        self._write(plan)
+        self.plan = plan
+        self._gateway.program = self._gateway_program()
+        tellings = [self._tell(name, plan.row(name)) for name in self._workers]
+        await asyncio.gather(*tellings, self._tell(GATEWAY, plan.gateway))
 
     async def observe(self) -> Observed:
         """Ask every process how it is.
@@ -100,19 +119,20 @@ class Deployment:
         return LiveView(
             url=state.url if state else "the gateway is away",
             rows_per_s=lately.rows_per_s,
-            mean_latency_s=lately.mean_latency_s,
+            p50_s=lately.p50_s,
+            p99_s=lately.p99_s,
             requests=state.requests if state else 0,
             failures=sum(state.failures.values()) if state else 0,
             store_bytes=state.store_bytes if state else 0,
             gateway_restarts=self._gateway.restarts,
-            members={member.name: live.get(member.name, False) for member in self._gateway_plan.members},
+            members={member.name: live.get(member.name, False) for member in self.plan.gateway.members},
             devices=tuple(
                 DeviceView(
                     name=name,
                     state=worker_state(
                         observed.workers[name], running=process.pid is not None, given_up=process.gave_up
                     ),
-                    instances=placed({i.member: i.batch_size for i in self._plans[name].instances}),
+                    instances=", ".join(f"{i.member} x{i.batch_size}" for i in self.plan.row(name).instances) or "-",
                     in_flight=in_flight.get(name, 0),
                     restarts=process.restarts,
                 )
@@ -178,15 +198,29 @@ class Deployment:
             return AddressUnavailable(words)
         return GatewayFailed(f"the gateway {describe(self._last_codes[GATEWAY])}: {words}")
 
-    def _plan_file(self, name: str) -> Path:
-        return self._place.folder / f"{name}.plan"
+    def _write(self, plan: EnsemblePlan) -> None:
+        draft = self._place.folder / f"{PLAN_FILE}.new"
+        try:
+            draft.write_bytes(encode_plan(plan))
+            draft.replace(self._place.folder / PLAN_FILE)
+        except (OSError, InvalidPlan) as error:
+            raise PlanNotKept(f"the plan cannot be written to {draft}: {error}") from error
+
+    async def _tell(self, name: str, plan: WorkerPlan | GatewayPlan) -> None:
+        try:
+            await self._fleet.put_plan(self._admin(name), plan)
+        except Refused as error:
+            self._say(name, f"does not take the plan: {error}")
+        except Unreachable:
+            # It starts, hangs or starts again: either way it reads the written plan.
+            return
 
     def _admin(self, name: str) -> str:
         return f"unix:{self._place.folder / name}.admin"
 
     def _common(self, name: str, keys_name: str) -> tuple[str, ...]:
         keys = ("--keys", str(self._place.keys / keys_name)) if self._place.keys else ()
-        plan = ("--plan", str(self._plan_file(name)))
+        plan = ("--mirror", str(self._place.folder / PLAN_FILE))
         parent = ("--parent-pid", str(os.getpid()))
         return ("--admin", self._admin(name), *plan, *keys, *parent, "--log-level", self._place.log_level)
 
@@ -202,4 +236,4 @@ class Deployment:
         host = f"[{self._place.host}]" if ":" in self._place.host else self._place.host
         address = f"{host}:{self._place.port}"
         arguments = (sys.executable, "-m", "ensemble_gateway", "--http", address, *self._common(GATEWAY, GATEWAY_KEYS))
-        return Program(GATEWAY, arguments, min(LONGEST_DRAIN_S, self._gateway_plan.timeout_s + GATEWAY_GRACE_S))
+        return Program(GATEWAY, arguments, min(LONGEST_DRAIN_S, self.plan.gateway.timeout_s + GATEWAY_GRACE_S))

@@ -6,26 +6,34 @@ The same sequence as in a cluster: devices, profiles, plan, processes. What deci
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ensemble_operator.addresses import free_tcp_address
-from ensemble_operator.allocation.memory import used_bytes
+from ensemble_operator.addresses import AddressUnavailable, free_tcp_address
 from ensemble_operator.fleet import GatewayState
 from ensemble_operator.keys import write_keys
-from ensemble_operator.plans import gateway_plan, worker_plans
+from ensemble_operator.serve.applying import Applier, plan_to_serve
+from ensemble_operator.serve.change import allocation_of
+from ensemble_operator.serve.control_socket import ControlApi, listening, socket_path
 from ensemble_operator.serve.curl import curl_line
 from ensemble_operator.serve.deployment import Deployment, Place
 from ensemble_operator.serve.live import Screen
 from ensemble_operator.serve.observation import Rates, progress, rates
-from ensemble_operator.serve.preparation import ROW_CACHE_BYTES, Planned, ServeOptions, check_quorum, prepare
+from ensemble_operator.serve.preparation import Planned, ServeOptions, check_quorum, prepare
 from ensemble_operator.serve.runtime_folder import runtime_folder
+from ensemble_operator.serve.summary import change_lines
+from ensemble_operator.serve.trying import tried
 from ensemble_operator.tables import allocation_table
 
 GENERATION = 1
 STARTING_PERIOD_S = 0.1
 SERVING_PERIOD_S = 1.0
+# Rates are of so many periods.
+LOOKS = 5
 
 ResultT = TypeVar("ResultT")
 
@@ -66,14 +74,16 @@ async def serve(options: ServeOptions, screen: Screen, stop: StopRequest) -> Non
     """
     try:
         planned = await stop.during(prepare(options, screen))
+        if planned.ensemble.spec.planning.evaluate == "live":
+            planned = await stop.during(tried(planned, options, screen))
     except Stopped:
         return
-    with runtime_folder(options.runtime_base) as folder:
-        deployment = _deployment(planned, options, folder, screen)
+    with runtime_folder(options.runtime_base) as folder, _listening(options, planned, screen) as listener:
+        deployment = make_deployment(planned, options, folder, screen)
         try:
             screen.note(f"starting the gateway and {len(planned.matrix.devices)} workers")
             deployment.start()
-            await stop.during(_serve(deployment, planned, screen))
+            await stop.during(_serve(deployment, planned, options, screen, listener))
         except Stopped:
             screen.hide()
             screen.note("stopping: requests in flight are answered first; once more to stop at once")
@@ -85,41 +95,25 @@ async def serve(options: ServeOptions, screen: Screen, stop: StopRequest) -> Non
                 await deployment.stop()
 
 
-def _deployment(planned: Planned, options: ServeOptions, folder: Path, screen: Screen) -> Deployment:
+def make_deployment(planned: Planned, options: ServeOptions, folder: Path, screen: Screen) -> Deployment:
+    """The processes that serve a plan, not started yet; they meet in `folder`."""
     shared = options.link == "shared"
     addresses = {
         name: f"unix:{folder / name}.data" if shared else free_tcp_address() for name in planned.matrix.devices
     }
-    name = planned.ensemble.name
-    plans = worker_plans(name, GENERATION, planned.matrix, planned.sources, planned.tensors, ROW_CACHE_BYTES)
-    gateway = gateway_plan(planned.ensemble, GENERATION, planned.sources, planned.tensors, addresses)
     keys = None
     if not shared and options.encryption == "curve":
         keys = folder / "keys"
         write_keys(keys)
     place = Place(folder, options.cache_folder / "models", keys, options.host, options.port, options.log_level)
-    return Deployment(planned.devices, plans, gateway, place, screen.wrote)
+    return Deployment(planned.devices, plan_to_serve(planned, addresses, GENERATION), place, screen.wrote)
 
 
-async def _serve(deployment: Deployment, planned: Planned, screen: Screen) -> None:
-    """Wait until it answers, say so, then watch it for as long as it serves.
+async def until_settled(deployment: Deployment, planned: Planned, screen: Screen) -> tuple[GatewayState, list[str]]:
+    """Wait until every member answers or has failed for good; the gateway's state then, and those that have failed.
 
     Raises ModelUnavailable if too few members come to answer.
     """
-    state, failed = await _until_settled(deployment, planned, screen)
-    _say_ready(planned, state.url, failed, screen)
-    clock = asyncio.get_running_loop().time
-    before: GatewayState | None = state
-    then = clock()
-    while True:
-        await asyncio.sleep(SERVING_PERIOD_S)
-        observed, now = await deployment.observe(), clock()
-        screen.show(deployment.view(observed, rates(before, observed.gateway, now - then)))
-        before, then = observed.gateway, now
-
-
-async def _until_settled(deployment: Deployment, planned: Planned, screen: Screen) -> tuple[GatewayState, list[str]]:
-    """Wait until every member answers or has failed for good; the gateway's state then, and those that have failed."""
     members = [m.name for m in planned.ensemble.spec.members]
     told = set(planned.unloadable)
     while True:
@@ -135,14 +129,58 @@ async def _until_settled(deployment: Deployment, planned: Planned, screen: Scree
         await asyncio.sleep(STARTING_PERIOD_S)
 
 
+@contextlib.contextmanager
+def _listening(options: ServeOptions, planned: Planned, screen: Screen) -> Iterator[socket.socket | None]:
+    """The socket for `ensemble apply`; None where its usual place is taken: to serve is what was asked for.
+
+    Raises AddressUnavailable if the place was asked for.
+    """
+    with contextlib.ExitStack() as stack:
+        listener = None
+        path = options.socket or socket_path(planned.ensemble.name, options.runtime_base)
+        try:
+            listener = stack.enter_context(listening(path))
+        except AddressUnavailable as error:
+            if options.socket is not None:
+                raise
+            screen.warn(f"`ensemble apply` cannot change this server: {error}")
+        yield listener
+
+
+async def _serve(
+    deployment: Deployment, planned: Planned, options: ServeOptions, screen: Screen, listener: socket.socket | None
+) -> None:
+    """Wait until it answers, say so, then watch it, and let it be changed, for as long as it serves.
+
+    Raises ModelUnavailable if too few members come to answer.
+    """
+    state, failed = await until_settled(deployment, planned, screen)
+    _say_ready(planned, state.url, failed, screen)
+    control = ControlApi(deployment, Applier(deployment, planned, options), screen)
+    async with control.served(listener) if listener is not None else contextlib.nullcontext():
+        await _watch(deployment, control, state, screen)
+
+
+async def _watch(deployment: Deployment, control: ControlApi, state: GatewayState, screen: Screen) -> None:
+    """Show how it goes, over the last seconds, and what was changed."""
+    clock = asyncio.get_running_loop().time
+    looks: deque[tuple[float, GatewayState | None]] = deque([(clock(), state)], LOOKS)
+    while True:
+        await asyncio.sleep(SERVING_PERIOD_S)
+        while not control.changes.empty():
+            screen.hide()
+            screen.result(*change_lines(control.changes.get_nowait()))
+        observed, now = await deployment.observe(), clock()
+        then, before = looks[0]
+        screen.show(deployment.view(observed, rates(before, observed.gateway, now - then)))
+        looks.append((now, observed.gateway))
+
+
 def _say_ready(planned: Planned, url: str, failed: list[str], screen: Screen) -> None:
-    overheads = {d.name: d.overhead_bytes for d in planned.problem.devices}
-    used = dict(zip(planned.matrix.devices, used_bytes(planned.problem, planned.matrix).tolist(), strict=True))
-    taken = {name: used[name] + overheads[name] for name in used}
-    capacity = {d.name: d.capacity_bytes for d in planned.problem.devices}
-    name, tensors = planned.ensemble.name, planned.tensors
+    allocation, tensors = allocation_of(planned), planned.tensors
+    name = planned.ensemble.name
     screen.result(
-        allocation_table(planned.matrix, taken, capacity, failed),
+        allocation_table(planned.matrix, allocation.used_bytes, allocation.capacity_bytes, failed),
         f"{name} is served at {url}/v2/models/{name}",
         f"try: {curl_line(url, name, tensors.inputs, tensors.outputs)}",
     )

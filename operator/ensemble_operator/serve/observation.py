@@ -16,6 +16,12 @@ class Observed:
     workers: Mapping[str, WorkerReport | None]
     given_up: Mapping[str, str]
 
+    @property
+    def newest_generation(self) -> int:
+        """The highest generation of a plan that anybody has."""
+        reports = (report.generation for report in self.workers.values() if report is not None)
+        return max((self.gateway.newest if self.gateway else 0), *reports, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -53,19 +59,38 @@ def progress(
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What was answered between two looks: rows/s, and the mean time of a request (None without one)."""
+    """What was answered between two looks: rows/s, and the median and 99th percentile of the times (None without)."""
 
     rows_per_s: float = 0.0
-    mean_latency_s: float | None = None
+    p50_s: float | None = None
+    p99_s: float | None = None
 
 
 def rates(before: GatewayState | None, now: GatewayState | None, elapsed_s: float) -> Rates:
     """The rates between two looks at the gateway; none where it was away, or counts anew."""
     if before is None or now is None or elapsed_s <= 0 or now.rows < before.rows or now.requests < before.requests:
         return Rates()
-    requests = now.requests - before.requests
-    latency_s = (now.request_seconds - before.request_seconds) / requests if requests else None
-    return Rates((now.rows - before.rows) / elapsed_s, latency_s)
+    earlier = before.duration_counts or (0,) * len(now.duration_counts)
+    counts = [count - then for count, then in zip(now.duration_counts, earlier, strict=True)]
+    bounds = now.duration_bounds_s
+    return Rates((now.rows - before.rows) / elapsed_s, quantile(bounds, counts, 0.5), quantile(bounds, counts, 0.99))
+
+
+def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
+    """The value that this share of the counted ones does not exceed, even in its bucket; None if none were counted.
+
+    `counts` has the values up to each bound, and last those above all, which are taken for the highest bound.
+    """
+    wanted = share * sum(counts)
+    if not wanted:
+        return None
+    lower = 0.0
+    for bound, count in zip(bounds, counts, strict=False):
+        if count >= wanted:
+            return lower + (bound - lower) * wanted / count
+        wanted -= count
+        lower = bound
+    return lower
 
 
 def worker_state(report: WorkerReport | None, *, running: bool, given_up: bool) -> str:

@@ -1,12 +1,13 @@
-"""What `ensemble serve` decides before it starts a process: the resource read, members measured, the matrix planned."""
+"""What `ensemble serve` decides before it starts or changes anything: resource, members measured, matrix planned."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ensemble_contract.plan import ModelSource
 from ensemble_operator import resource_file
@@ -18,6 +19,7 @@ from ensemble_operator.api import InferenceEnsemble, cluster_only, not_acted_upo
 from ensemble_operator.errors import EnsembleError
 from ensemble_operator.planning.settings import options_of
 from ensemble_operator.plans import Tensors, model_source
+from ensemble_operator.profiles.held import ROW_CACHE_BYTES, held_bytes
 from ensemble_operator.profiles.measurements import (
     Device,
     Measurement,
@@ -27,12 +29,11 @@ from ensemble_operator.profiles.measurements import (
     sizes_to_measure,
 )
 from ensemble_operator.profiles.measuring import Measurer, Task, find_devices
+from ensemble_operator.profiles.serving_cost import with_known_cost
 from ensemble_operator.serve.downloads import Downloads
-from ensemble_operator.serve.live import Screen
 
 # Of each member, once it is loaded, for all batch sizes together.
 MEASURE_BUDGET_S = 2.5
-ROW_CACHE_BYTES = 256 << 20
 
 
 class ModelUnavailable(EnsembleError):
@@ -41,7 +42,10 @@ class ModelUnavailable(EnsembleError):
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """What the command line says. `runtime_base` is where the private folder shall lie, if anywhere in particular."""
+    """What the command line says. `runtime_base` is where the private folder shall lie, if anywhere in particular.
+
+    `socket` is where `ensemble apply` finds this server, if nowhere of its name.
+    """
 
     file: Path
     host: str
@@ -52,11 +56,22 @@ class ServeOptions:
     link: str
     encryption: str
     log_level: str
+    socket: Path | None = None
+
+
+class Teller(Protocol):
+    """Takes what a person should know while something is prepared or changed."""
+
+    def note(self, text: str) -> None:
+        """A step, said while it is taken."""
+
+    def warn(self, text: str) -> None:
+        """Something that a person should know."""
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """Everything that is decided before the first process starts. `unloadable` has the cause by member."""
+    """Everything that is decided before a process starts or changes. `unloadable` has the cause by member."""
 
     ensemble: InferenceEnsemble
     devices: Mapping[str, Device]
@@ -64,6 +79,8 @@ class Planned:
     tensors: Tensors
     problem: Problem
     matrix: Matrix
+    predicted_rows_per_s: float
+    bound_rows_per_s: float
     unloadable: Mapping[str, str]
 
     @property
@@ -72,45 +89,63 @@ class Planned:
         return {name: tuple(self.matrix.column(index)) for index, name in enumerate(self.matrix.members)}
 
 
-async def prepare(options: ServeOptions, screen: Screen) -> Planned:
+async def prepare(options: ServeOptions, teller: Teller) -> Planned:
     """Read, find devices, measure, plan.
 
     Raises what is wrong, of the resource, the address, the models or the memory.
     """
     ensemble = resource_file.load(options.file)
-    _say_what_is_set_aside(ensemble, screen)
     await asyncio.to_thread(check_address, options.host, options.port)
-    labels = await asyncio.to_thread(resource_file.read_labels, ensemble)
     devices = await find_devices(options.cpu_devices)
-    screen.note(f"{len(devices)} devices: " + ", ".join(f"{d.name} ({d.device_class})" for d in devices))
+    teller.note(f"{len(devices)} devices: " + ", ".join(f"{d.name} ({d.device_class})" for d in devices))
+    planned = await plan_for(ensemble, devices, devices, options, teller)
+    for name, cause in planned.unloadable.items():
+        teller.warn(f"served without {name}: {cause}")
+    return planned
+
+
+async def plan_for(
+    ensemble: InferenceEnsemble,
+    devices: Sequence[Device],
+    measured_on: Sequence[Device],
+    options: ServeOptions,
+    teller: Teller,
+) -> Planned:
+    """Measure what is not known of the members, and plan them for the devices.
+
+    `measured_on` are the same devices with what measuring may take of them. Raises what is wrong, of the resource, the
+    models or the memory.
+    """
+    _say_what_is_set_aside(ensemble, teller)
+    labels = await asyncio.to_thread(resource_file.read_labels, ensemble)
     members = ensemble.spec.members
     resolved = {m.name: await asyncio.to_thread(resource_file.with_real_digest, m) for m in members}
     sources = {m.name: model_source(m, resolved[m.name]) for m in members}
     known = {name: bool(member.model.sha256) for name, member in resolved.items()}
-    measured = await _measure(ensemble, devices, sources, known, options, screen)
+    measured = await _measure(ensemble, measured_on, sources, known, options, teller)
     unloadable = _unloadable(ensemble, measured, sources)
     signatures = {name: m.signature for (name, _), m in measured.items() if m.points}
     inputs, outputs = agreed_tensors(ensemble, signatures)
-    problem = planning_problem(
-        devices, measured, headroom=ensemble.spec.devices.memory_headroom, held_bytes=_held(ensemble, devices, options)
-    )
+    served = with_known_cost(measured, devices, (inputs, outputs), options.cache_folder)
+    held = held_bytes(ensemble, devices, ROW_CACHE_BYTES if options.link == "zeromq" else 0)
+    problem = planning_problem(devices, served, headroom=ensemble.spec.devices.memory_headroom, held_bytes=held)
     # Every member on every device, where memory allows: the gateway then runs members side by side for one client, and
     # spreads the rows of many.
     wanted = options_of(ensemble.spec.planning, copies=len(devices))
-    matrix = (await asyncio.to_thread(plan, problem, wanted, clock=time.monotonic)).matrix
-    for name, cause in unloadable.items():
-        screen.warn(f"served without {name}: {cause}")
+    found = await asyncio.to_thread(plan, problem, wanted, clock=time.monotonic)
     tensors = Tensors(inputs, outputs, labels)
-    return Planned(ensemble, {d.name: d for d in devices}, sources, tensors, problem, matrix, unloadable)
+    by_name = {d.name: d for d in devices}
+    rates = (found.predicted_rows_per_s, found.bound_rows_per_s)
+    return Planned(ensemble, by_name, sources, tensors, problem, found.matrix, *rates, unloadable)
 
 
 async def _measure(
     ensemble: InferenceEnsemble,
-    devices: tuple[Device, ...],
+    devices: Sequence[Device],
     sources: Mapping[str, ModelSource],
     known: Mapping[str, bool],
     options: ServeOptions,
-    screen: Screen,
+    teller: Teller,
 ) -> dict[tuple[str, str], Measurement]:
     """Every member on every class of device: declared where the resource says all of it, else measured."""
     spec = ensemble.spec
@@ -123,7 +158,7 @@ async def _measure(
         m.name: Task(sources[m.name], known[m.name], spec.inputs, spec.outputs, sizes, MEASURE_BUDGET_S)
         for m in open_members
     }
-    with Downloads(screen.note) as downloads:
+    with Downloads(teller.note) as downloads:
         measurer = Measurer(devices, options.cache_folder, downloads.note, downloads.advance)
         return {**found, **await measurer.measure(tasks)}
 
@@ -158,15 +193,8 @@ def check_quorum(ensemble: InferenceEnsemble, causes: Mapping[str, str], sources
     raise ModelUnavailable("\n".join(lines))
 
 
-def _held(ensemble: InferenceEnsemble, devices: tuple[Device, ...], options: ServeOptions) -> dict[str, int]:
-    """What rows take on a device, by its kind: on CPUs a share of the row store, and each worker's own cache."""
-    cpus = sum(d.kind == "cpu" for d in devices)
-    cache = ROW_CACHE_BYTES if options.link == "zeromq" else 0
-    return {"cpu": ensemble.spec.batching.max_queue_bytes // max(1, cpus) + cache, "cuda": ROW_CACHE_BYTES}
-
-
-def _say_what_is_set_aside(ensemble: InferenceEnsemble, screen: Screen) -> None:
+def _say_what_is_set_aside(ensemble: InferenceEnsemble, teller: Teller) -> None:
     if aside := cluster_only(ensemble):
-        screen.note(f"set aside, they describe a cluster: {', '.join(aside)}")
-    if ahead := not_acted_upon(ensemble):
-        screen.warn(f"accepted, and not acted upon yet: {', '.join(ahead)}")
+        teller.note(f"set aside, they describe a cluster: {', '.join(aside)}")
+    if ahead := [path for path in not_acted_upon(ensemble) if path != "spec.planning.evaluate"]:
+        teller.warn(f"accepted, and not acted upon yet: {', '.join(ahead)}")

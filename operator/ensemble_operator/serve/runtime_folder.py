@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PREFIX = "ensemble-"
+PREFIX = "ensemble-serve-"
 # The kernel's limit for a Unix socket's path is 107 bytes; the longest name in the folder is a worker's.
-MAX_BASE_BYTES = 52
+MAX_BASE_BYTES = 46
 # Between making a folder and locking it, it looks like one left behind.
 YOUNG_S = 60.0
 
