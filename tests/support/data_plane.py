@@ -34,7 +34,8 @@ from ensemble_contract.plan import (
     encode_plan,
 )
 from ensemble_gateway.admission import Limits
-from ensemble_gateway.app import Gateway, Options, Port
+from ensemble_gateway.app import Port
+from ensemble_gateway.gateway import Gateway
 from tests.support.http_client import Client
 from tests.support.plane_members import MLPS, TIMES, X, Y, write_models
 
@@ -203,7 +204,8 @@ async def serving(
     plan: GatewayPlan, limits: Limits | None = None, max_body_bytes: int = 1 << 20, wait: bool = True
 ) -> AsyncIterator[LocalGateway]:
     """Serve a plan in this event loop, on a free port; `wait`: until every member is live."""
-    gateway = Gateway(Options("127.0.0.1", 0, "", plan))
+    gateway = Gateway()
+    gateway.adopt(plan)
     port = Port(gateway, max_body_bytes, limits)
     clients: list[Client] = []
     try:

@@ -93,7 +93,7 @@ class Server:
 async def serving() -> AsyncIterator[Server]:
     """The routes on a free port of 127.0.0.1."""
     pipeline = InPlacePipeline()
-    runner = make_runner(make_app(lambda: pipeline, max_body_bytes=MAX_BODY_BYTES), shutdown_timeout_s=0.1)
+    runner = make_runner(make_app(lambda: pipeline, max_body_bytes=lambda: MAX_BODY_BYTES), shutdown_timeout_s=0.1)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()

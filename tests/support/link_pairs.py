@@ -190,7 +190,7 @@ class Gateway:
         self.failed.append(failed)
         self._free_all(batch)
 
-    def worker_lost(self, worker: str, reason: str) -> None:
+    def worker_lost(self, worker: str, reason: str, *, blame: bool) -> None:
         assert worker == NAME
         self.lost.append(reason)
         for batch, _ in list(self.in_flight.values()):

@@ -19,6 +19,7 @@ from ensemble_contract.keys import KeyFiles
 from ensemble_contract.layout import StoreLayout
 from ensemble_contract.plan import WorkerAddress
 from ensemble_contract.ring import HEADER_BYTES, Ring
+from ensemble_gateway.links.resolver import Resolver, addresses_of
 from ensemble_gateway.links.shared import SharedLink, SharedMemory
 from ensemble_gateway.links.zeromq import ZeroMQLink
 from tests.support.link_members import INPUTS
@@ -43,9 +44,17 @@ def zeromq_links() -> Iterator[Linker]:
     """Makes links to an address, all in one ZeroMQ context."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
 
-    def link_to(address: str, keys: KeyFiles | None = None) -> Callable[[Gateway], ZeroMQLink]:
+    def link_to(
+        address: str,
+        keys: KeyFiles | Callable[[], KeyFiles] | None = None,
+        lookup: Callable[[str], list[str]] = addresses_of,
+    ) -> Callable[[Gateway], ZeroMQLink]:
+        def keys_now() -> KeyFiles | None:
+            return keys() if callable(keys) else keys
+
         def make(owner: Gateway) -> ZeroMQLink:
-            return ZeroMQLink(WorkerAddress(NAME, address), owner.store, "gateway", owner, context, keys)
+            worker = WorkerAddress(NAME, address)
+            return ZeroMQLink(worker, owner.store, "gateway", owner, context, Resolver(lookup), keys_now)
 
         return make
 

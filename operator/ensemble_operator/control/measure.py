@@ -1,0 +1,131 @@
+"""The measuring of members on the workers held: jobs given, results written to the ConfigMap as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from ensemble_operator.control import conditions as c
+from ensemble_operator.control.book import Book
+from ensemble_operator.control.observe import Observer, WorkerView
+from ensemble_operator.control.onepass import Pass
+from ensemble_operator.control.planning import wanted_sources
+from ensemble_operator.control.profiling import (
+    Measurer,
+    Needs,
+    assign,
+    failures,
+    learn,
+    needs,
+    note_ready,
+    obsolete,
+)
+from ensemble_operator.control.world import World
+from ensemble_operator.fleet import Fleet, ProfileJob, Unreachable
+
+log = logging.getLogger(__name__)
+
+# Between two looks at measurements: those that the first plan waits for, others, and such that nobody can take now.
+URGENT_PERIOD_S, PERIOD_S, IDLE_PERIOD_S = 0.5, 3.0, 10.0
+
+
+class Measuring:
+    """Gives workers what is to be measured, and learns what they found."""
+
+    def __init__(self, world: World, fleet: Fleet, observer: Observer) -> None:
+        self._world, self._fleet, self._observer = world, fleet, observer
+
+    async def go_on(self, one: Pass) -> bool:
+        """Learn what is new, and have measured what is missing; whether enough is known for a plan."""
+        spec = one.spec
+        one.sources = wanted_sources(spec)
+        workers = {view.name: view for view in one.held if view.device is not None}
+        classes = [view.device.device_class for view in workers.values() if view.device is not None]
+        one.book = _with_idle(note_ready(one.book, _ready(one)), workers.values())
+        left = needs(spec, one.sources, classes, one.book, one.now)
+        if left.now:
+            left = await self._learn_and_give(one, workers, classes)
+        if left.retry_at is not None:
+            one.again(max(1.0, left.retry_at - one.now))
+        return self._say(one, classes, left)
+
+    async def _learn_and_give(self, one: Pass, workers: Mapping[str, WorkerView], classes: Sequence[str]) -> Needs:
+        reports = await self._observer.profiles(one.key, workers.values(), one.token)
+        measurers = [
+            Measurer(name, view.device.device_class, reports[name])
+            for name, view in workers.items()
+            if name in reports and view.device is not None
+        ]
+        one.book = learn(one.book, measurers, one.spec.spec.batching.sizes, one.now)
+        left = needs(one.spec, one.sources, classes, one.book, one.now)
+        await self._end_obsolete(one, measurers, workers)
+        jobs = assign(one.spec, one.sources, left.now, measurers)
+        await self._give(one, jobs, workers)
+        if jobs or any(m.report.state == "running" for m in measurers):
+            one.again(URGENT_PERIOD_S if left.urgent else PERIOD_S)
+        else:
+            one.again(IDLE_PERIOD_S)
+        return left
+
+    def _say(self, one: Pass, classes: Sequence[str], left: Needs) -> bool:
+        total = len(one.spec.spec.members)
+        if not classes:
+            return one.look.mirror.target is not None
+        if left.urgent:
+            open_members = sorted({need.member for need in left.urgent})
+            message = f"measuring {', '.join(open_members)}: {total - len(open_members)} of {total} members known"
+            one.found.say(c.PROFILED, holds=False, reason="Measuring", message=message)
+            return False
+        failed = failures(one.spec, one.sources, classes, one.book, one.now)
+        able = total - len(failed)
+        causes = "; ".join(f"{name}: {cause}" for name, cause in failed.items())
+        if failed and able < max(1, one.spec.spec.combine.quorum) and one.look.mirror.target is None:
+            message = f"{able} of {total} members can be loaded: {causes}"
+            one.found.say(c.PROFILED, holds=False, reason="ModelsFail", message=message)
+            return able > 0
+        message = f"{able} of {total} members known on {', '.join(sorted(set(classes)))}"
+        if left.now:
+            message += "; more batch sizes are measured in the background"
+        if causes:
+            message += f"; {causes}"
+        one.found.say(c.PROFILED, holds=True, reason="Profiled", message=message)
+        return able > 0
+
+    async def _end_obsolete(self, one: Pass, measurers: Sequence[Measurer], workers: Mapping[str, WorkerView]) -> None:
+        digests = [source.digest for source in one.sources.values()]
+        for measurer in measurers:
+            if obsolete(measurer, digests):
+                address = self._observer.address(one.key, workers[measurer.worker].pod)
+                try:
+                    await self._fleet.end_profile(address, one.token)
+                except Unreachable as error:
+                    log.info("a measurement that nobody wants goes on: %s", error)
+
+    async def _give(self, one: Pass, jobs: Mapping[str, ProfileJob], workers: Mapping[str, WorkerView]) -> None:
+        self._world.cluster.guard()
+
+        async def give(worker: str, job: ProfileJob) -> None:
+            names = ", ".join(task.source.name for task in job.tasks)
+            try:
+                await self._fleet.put_profile(self._observer.address(one.key, workers[worker].pod), job, one.token)
+            except Unreachable as error:
+                log.warning("%s cannot be given the measuring of %s: %s", worker, names, error)
+            else:
+                log.info("%s measures %s at batch sizes %s", worker, names, list(job.tasks[0].sizes))
+
+        await asyncio.gather(*(give(worker, job) for worker, job in jobs.items()))
+
+
+def _ready(one: Pass) -> Iterator[tuple[str, str]]:
+    """Versions that serve, and on which class of device."""
+    for view in one.look.workers:
+        if view.device is not None and view.report is not None:
+            yield from ((i.digest, view.device.device_class) for i in view.report.instances if i.state == "ready")
+
+
+def _with_idle(book: Book, workers: Iterable[WorkerView]) -> Book:
+    for view in workers:
+        if view.device is not None:
+            book = book.with_idle(view.device.device_class, view.device.overhead_bytes)
+    return book

@@ -1,0 +1,149 @@
+"""What is measured by whom, and what is learnt from it."""
+
+from __future__ import annotations
+
+from ensemble_operator.control.book import FIRST_RETRY_S, Book, read_book, write_book
+from ensemble_operator.control.planning import wanted_sources
+from ensemble_operator.control.profiling import (
+    Measurer,
+    assign,
+    failures,
+    learn,
+    measured,
+    needs,
+    note_declared,
+    note_failure,
+    note_ready,
+    obsolete,
+)
+from ensemble_operator.fleet import ProfileReport, ProfileResult
+from ensemble_operator.profiles.measurements import Point, Signature
+from tests.unit.control.ensembles import CLASS, ensemble, known, profiled
+
+FIVE = ensemble("a", "b", "c", "d", "e")
+SOURCES = wanted_sources(FIVE)
+DIGEST = {name: source.digest for name, source in SOURCES.items()}
+IDLE = ProfileReport()
+
+
+def result(member: str, *sizes: int, finished: bool = True, error: str | None = None) -> ProfileResult:
+    points = tuple(Point(size, 100.0 * size, 0.01, 1 << 20) for size in sizes)
+    return ProfileResult(member, DIGEST[member], points=points, overhead_bytes=7, error=error, finished=finished)
+
+
+def free(*workers: str) -> list[Measurer]:
+    return [Measurer(worker, CLASS, IDLE) for worker in workers]
+
+
+def test_the_smallest_size_of_every_member_comes_first() -> None:
+    found = needs(FIVE, SOURCES, [CLASS, CLASS], Book(), 0.0)
+    assert [(n.member, n.sizes, n.urgent) for n in found.now] == [(name, (1,), True) for name in "abcde"]
+
+
+def test_the_other_sizes_follow_in_the_background() -> None:
+    book = Book().with_known(DIGEST["a"], known(1))
+    found = needs(FIVE, SOURCES, [CLASS], book, 0.0)
+    assert (found.now[0].member, found.now[0].sizes, found.now[0].urgent) == ("a", (8, 32), False)
+    assert [need.member for need in found.urgent] == ["b", "c", "d", "e"]
+
+
+def test_members_are_spread_over_the_workers() -> None:
+    wanted = needs(FIVE, SOURCES, [CLASS], Book(), 0.0).now
+    jobs = assign(FIVE, SOURCES, wanted, free("w0", "w1"))
+    assert {w: [t.source.name for t in job.tasks] for w, job in jobs.items()} == {
+        "w0": ["a", "b", "c"],
+        "w1": ["d", "e"],
+    }
+
+
+def test_what_a_busy_worker_measures_is_left_to_it() -> None:
+    wanted = needs(FIVE, SOURCES, [CLASS], Book(), 0.0).now
+    busy = Measurer(
+        "w0", CLASS, ProfileReport("1", "running", (result("a", finished=False), result("b", finished=False)))
+    )
+    jobs = assign(FIVE, SOURCES, wanted, [busy, *free("w1")])
+    assert {w: [t.source.name for t in job.tasks] for w, job in jobs.items()} == {"w1": ["c", "d", "e"]}
+
+
+def test_the_same_needs_are_the_same_job_and_another_attempt_is_another() -> None:
+    wanted = needs(FIVE, SOURCES, [CLASS], Book(), 0.0).now
+    one, again = (assign(FIVE, SOURCES, wanted, free("w0"))["w0"] for _ in range(2))
+    assert one.id == again.id
+    book = learn(Book(), [Measurer("w0", CLASS, ProfileReport("7", "done", (result("a", error="gone"),)))], [1], 0.0)
+    later = needs(FIVE, SOURCES, [CLASS], book, FIRST_RETRY_S + 1).now
+    assert [need.attempt for need in later] == [1, 0, 0, 0, 0]
+
+
+def test_results_are_learnt_as_they_come_and_kept() -> None:
+    sizes = FIVE.spec.batching.sizes
+    first = Measurer("w0", CLASS, ProfileReport("7", "running", (result("a", 1), result("b", finished=False))))
+    book = learn(Book(), [first], sizes, 0.0)
+    assert [p.batch_size for p in book.of(DIGEST["a"], CLASS).points] == [1]
+    assert book.of(DIGEST["b"], CLASS).points == ()
+    # It stopped at 8: more is not worth measuring, and never asked for again.
+    more = Measurer("w0", CLASS, ProfileReport("8", "done", (result("a", 8),)))
+    book = learn(book, [more], sizes, 0.0)
+    assert [p.batch_size for p in book.of(DIGEST["a"], CLASS).points] == [1, 8]
+    assert "a" not in {need.member for need in needs(FIVE, SOURCES, [CLASS], book, 0.0).now}
+    assert read_book(write_book(book)) == book
+
+
+def test_a_failure_counts_once_for_each_job_and_is_tried_again_later_and_later() -> None:
+    report = Measurer("w0", CLASS, ProfileReport("7", "done", (result("a", error="no such file"),)))
+    book = learn(learn(Book(), [report], [1], 100.0), [report], [1], 105.0)
+    found = book.of(DIGEST["a"], CLASS)
+    assert (found.failures, found.failed_at, found.error) == (1, 100.0, "no such file")
+    assert failures(FIVE, SOURCES, [CLASS], book, 101.0) == {"a": "no such file"}
+    assert "a" not in {need.member for need in needs(FIVE, SOURCES, [CLASS], book, 101.0).now}
+    assert needs(FIVE, SOURCES, [CLASS], book, 101.0).retry_at == 100.0 + FIRST_RETRY_S
+    again = Measurer("w0", CLASS, ProfileReport("8", "done", (result("a", error="no such file"),)))
+    book = learn(book, [again], [1], 200.0)
+    assert book.of(DIGEST["a"], CLASS).retry_at == 200.0 + 2 * FIRST_RETRY_S
+    mended = Measurer("w0", CLASS, ProfileReport("9", "done", (result("a", 1),)))
+    assert failures(FIVE, SOURCES, [CLASS], learn(book, [mended], [1], 300.0), 301.0) == {}
+
+
+def test_a_version_that_failed_to_serve_is_set_aside_for_a_while() -> None:
+    book = Book().with_known(DIGEST["a"], known(1))
+    book = note_failure(book, DIGEST["a"], CLASS, "out of memory", 100.0)
+    assert note_failure(book, DIGEST["a"], CLASS, "out of memory", 101.0) == book
+    assert failures(FIVE, SOURCES, [CLASS], book, 102.0) == {"a": "out of memory"}
+    assert measured(FIVE, SOURCES, [CLASS], book, 102.0)["a", CLASS].points == ()
+    assert failures(FIVE, SOURCES, [CLASS], book, 100.0 + FIRST_RETRY_S) == {}
+    assert failures(FIVE, SOURCES, [CLASS], note_ready(book, [(DIGEST["a"], CLASS)]), 102.0) == {}
+
+
+def test_a_declared_profile_is_believed_unless_nobody_tells_the_tensors() -> None:
+    declared = ensemble(members=[profiled("a")])
+    sources = wanted_sources(declared)
+    assert needs(declared, sources, [CLASS], Book(), 0.0).now == ()
+    untold = ensemble(members=[profiled("a")], inputs=False)
+    assert [need.sizes for need in needs(untold, sources, [CLASS], Book(), 0.0).now] == [(1,)]
+    told = Book().with_known(sources["a"].digest, known(1, signature=Signature((), ())))
+    assert needs(untold, sources, [CLASS], told, 0.0).now == ()
+
+
+def test_a_declared_profile_is_remembered_for_as_long_as_the_version_runs() -> None:
+    declared = ensemble(members=[profiled("a", memory="77Mi")])
+    sources = wanted_sources(declared)
+    book = note_declared(Book(), declared, sources, [CLASS])
+    assert [p.memory_bytes for p in book.of(sources["a"].digest, CLASS).declared] == [77 << 20]
+    replaced = ensemble(members=[profiled("a", memory="5Mi", version="2")])
+    still = measured(replaced, sources, [CLASS], book, 0.0)
+    assert [p.memory_bytes for p in still["a", CLASS].points] == [77 << 20]
+
+
+def test_measuring_what_nobody_wants_is_obsolete() -> None:
+    busy = Measurer("w0", CLASS, ProfileReport("1", "running", (result("a", finished=False),)))
+    assert obsolete(busy, ["other"])
+    assert not obsolete(busy, [DIGEST["a"]])
+
+
+def test_an_idle_workers_memory_is_kept_as_first_seen() -> None:
+    book = Book().with_idle(CLASS, 1000).with_idle(CLASS, 1010)
+    assert book.idle == {CLASS: 1000}
+
+
+def test_a_damaged_book_is_not_believed() -> None:
+    good = write_book(Book().with_known("d" * 16, known(1)))
+    assert read_book({**good, "e" * 16: "[{", "idle": "{]"}) == read_book(good)
