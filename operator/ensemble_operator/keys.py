@@ -12,6 +12,12 @@ GATEWAY_KEYS = "gateway"
 WORKER_KEYS = "worker"
 
 
+def new_pair() -> tuple[str, str]:
+    """A new pair, public and secret, as text."""
+    public, secret = zmq.curve_keypair()
+    return public.decode(), secret.decode()
+
+
 def write_keys(folder: Path) -> None:
     """Make new pairs, one for all gateways and one for all workers, in two folders below `folder`.
 

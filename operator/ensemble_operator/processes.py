@@ -20,6 +20,7 @@ from ensemble_operator.restarts import History, Life, restart_delay
 
 READ_BYTES = 1 << 16
 MAX_LINE_BYTES = 1 << 20
+MAX_ANSWER_BYTES = 64 << 20
 REMEMBERED_LINES = 20
 PIPE_CLOSE_S = 1.0
 
@@ -202,6 +203,68 @@ async def run_once(
             kill_group(process.pid)
             await process.wait()
     return Answer(code, tuple(errors))
+
+
+class Conversation:
+    """A child that answers each line on its standard input with a line. One question at a time; `end` it."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._errors: deque[str] = deque(maxlen=REMEMBERED_LINES)
+        assert process.stderr is not None  # noqa: S101 - asked for below
+        self._reading = asyncio.create_task(_read_lines(process.stderr, self._errors.append))
+
+    @staticmethod
+    async def start(arguments: Sequence[str]) -> Conversation:
+        """Start the program.
+
+        Raises OSError if it cannot be started.
+        """
+        return Conversation(
+            await asyncio.create_subprocess_exec(
+                *arguments,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,
+                limit=MAX_ANSWER_BYTES,
+            )
+        )
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    @property
+    def last_words(self) -> str:
+        """The last line that it wrote to standard error."""
+        return next((line for line in reversed(self._errors) if line.strip()), "no last words")
+
+    async def ask(self, line: bytes) -> bytes:
+        """The answer to a line.
+
+        Raises ConnectionError if the child has ended.
+        """
+        process = self._process
+        assert process.stdin is not None  # noqa: S101 - asked for above
+        assert process.stdout is not None  # noqa: S101
+        process.stdin.write(line + b"\n")
+        await process.stdin.drain()
+        answer = await process.stdout.readline()
+        if not answer.endswith(b"\n"):
+            await asyncio.wait([self._reading], timeout=PIPE_CLOSE_S)
+            raise ConnectionError("the process ended")
+        return answer
+
+    async def end(self) -> None:
+        """End it and what it has started."""
+        kill_group(self._process.pid)
+        await self._process.wait()
+        await asyncio.wait([self._reading], timeout=PIPE_CLOSE_S)
+        self._reading.cancel()
+        assert self._process.stdin is not None  # noqa: S101 - asked for above
+        self._process.stdin.close()
 
 
 def kill_group(pid: int) -> None:

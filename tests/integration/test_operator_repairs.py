@@ -1,0 +1,159 @@
+"""What others do to children is repaired; what users add to them stays; an operator that was killed goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.control_plane import ControlPlane
+from tests.support.kube_client import path_of
+from tests.support.models import export_mlp
+from tests.support.operating import Operating, member, operating, resource
+
+WITHIN_S = 20.0
+CHILDREN = [
+    ("Service", "tiny"),
+    ("Service", "tiny-worker"),
+    ("ServiceAccount", "tiny-worker"),
+    ("NetworkPolicy", "tiny-gateway"),
+    ("PodDisruptionBudget", "tiny-worker"),
+    ("ConfigMap", "tiny-plan"),
+    ("ConfigMap", "tiny-profiles"),
+]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    return {name: export_mlp(tmp_path / f"{name}.pt2", seed=seed) for seed, name in enumerate("ab")}
+
+
+async def until(check: Callable[[], Awaitable[object]], what: str) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not await check():
+        assert time.monotonic() < deadline, what
+        await asyncio.sleep(0.1)
+
+
+async def test_drift_is_repaired_and_what_users_add_stays(
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path]
+) -> None:
+    async with operating(control_plane, namespace, resync_s=300.0) as world:
+        await world.apply(resource("tiny", [member(name, files[name]) for name in "ab"]))
+        await world.until_ready("tiny")
+        kube = world.kube
+        for kind, name in CHILDREN:
+            before = await kube.get(kind, namespace, name)
+            assert before is not None, (kind, name)
+            await kube.ask("DELETE", path_of(kind, namespace, name))
+
+            async def is_back(kind: str = kind, name: str = name, uid: str = before["metadata"]["uid"]) -> bool:
+                found = await kube.get(kind, namespace, name)
+                return found is not None and found["metadata"]["uid"] != uid
+
+            await until(is_back, f"{kind} {name} did not return")
+        await kube.patch("Service", namespace, "tiny", {"metadata": {"labels": {"team": "vision"}}})
+        await kube.patch("StatefulSet", namespace, "tiny-worker", {"spec": {"replicas": 5}})
+        await kube.patch(
+            "Deployment", namespace, "tiny-gateway", {"metadata": {"labels": {"app.kubernetes.io/part-of": "x"}}}
+        )
+
+        async def is_repaired() -> bool:
+            workers = await kube.get("StatefulSet", namespace, "tiny-worker")
+            gateway = await kube.get("Deployment", namespace, "tiny-gateway")
+            assert workers is not None
+            assert gateway is not None
+            owned = gateway["metadata"]["labels"]["app.kubernetes.io/part-of"] == "tiny"
+            return bool(workers["spec"]["replicas"] == 2 and owned)
+
+        await until(is_repaired, "edits of children were not repaired")
+        await kube.patch("Service", namespace, "tiny", {"spec": {"selector": {"x": "y"}}})
+
+        async def selects() -> bool:
+            found = await kube.get("Service", namespace, "tiny") or {}
+            return "ensemble-operator.io/ensemble" in found["spec"]["selector"]
+
+        await until(selects, "the Service's selector was not repaired")
+        service = await kube.get("Service", namespace, "tiny") or {}
+        assert service["metadata"]["labels"]["team"] == "vision"
+        await world.until_ready("tiny")
+        answer = await world.ask("tiny", [[0.5] * 64])
+        assert "outputs" in answer, answer
+        await check_idle(world)
+
+
+async def test_secrets_return_with_new_keys_and_serving_goes_on(
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path]
+) -> None:
+    async with operating(control_plane, namespace) as world:
+        await world.apply(resource("tiny", [member("a", files["a"])]))
+        await world.until_ready("tiny")
+        before = await world.kube.get("Secret", namespace, "tiny-worker") or {}
+        await world.end_operator()
+        await world.kube.ask("DELETE", path_of("Secret", namespace, "tiny-worker"))
+        # A new operator looks at Secrets at once; one that runs, at its next resync.
+        await world.start_operator()
+
+        async def is_new() -> bool:
+            found = await world.kube.get("Secret", namespace, "tiny-worker")
+            other = await world.kube.get("Secret", namespace, "tiny-gateway")
+            if found is None or other is None:
+                return False
+            paired = other["data"]["peer.public"] == found["data"]["own.public"]
+            return bool(paired and found["data"]["own.secret"] != before["data"]["own.secret"])
+
+        await until(is_new, "the Secret did not return")
+
+        async def answers() -> bool:
+            return "outputs" in await world.ask("tiny", [[0.5] * 64])
+
+        await until(answers, "nobody answers with the new keys")
+
+
+@pytest.mark.slow
+async def test_killed_at_every_stage_it_ends_in_the_same_state(
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path]
+) -> None:
+    async with operating(control_plane, namespace, start=False) as world:
+        await world.apply(resource("tiny", [member("a", files["a"]), member("b", files["b"], profiled=False)]))
+        for life_s in (0.3, 0.6, 1.0, 1.5, 2.0, 3.0):
+            await world.start_operator()
+            await asyncio.sleep(life_s)
+            await world.kill_operator()
+        await world.start_operator()
+        await world.until_ready("tiny", 90)
+        answer = await world.ask("tiny", [[0.5] * 64])
+        assert "outputs" in answer, answer
+        kube = world.kube
+        label = "ensemble-operator.io/ensemble=tiny"
+        counts = {
+            kind: len(await kube.list(kind, namespace, labelSelector=label))
+            for kind in ("StatefulSet", "Deployment", "Service", "ConfigMap", "Secret", "NetworkPolicy", "Pod")
+        }
+        assert counts == {
+            "StatefulSet": 1,
+            "Deployment": 1,
+            "Service": 2,
+            "ConfigMap": 2,
+            "Secret": 2,
+            "NetworkPolicy": 2,
+            "Pod": 3,
+        }
+        reasons = [reason for reason, _ in await world.events("tiny")]
+        assert reasons.count("Ready") == 1, reasons
+
+
+async def check_idle(world: Operating) -> None:
+    """Nothing is asked of the API server while nothing happens, but for the lease."""
+    assert world.cluster is not None
+    # The last changes come to rest.
+    await asyncio.sleep(4)
+    before = dict(world.cluster.request_counts)
+    await asyncio.sleep(5)
+    after = world.cluster.request_counts
+    asked = {key: count - before.get(key, 0) for key, count in after.items() if count != before.get(key, 0)}
+    others = {key: count for key, count in asked.items() if key[1] != "leases"}
+    assert not others, others

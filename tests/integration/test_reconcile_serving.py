@@ -1,0 +1,106 @@
+"""From apply to answers on a real control plane, and through changes: real workers and gateways as local processes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.control_plane import ControlPlane
+from tests.support.models import export_mlp, make_mlp
+from tests.support.operating import Operating, member, operating, resource
+
+ROW = [0.5] * 64
+
+
+def expected(*seeds: int, weights: list[float] | None = None) -> np.ndarray[Any, Any]:
+    with torch.no_grad():
+        outputs = [make_mlp(seed=seed)(torch.tensor([ROW])).numpy() for seed in seeds]
+    return np.asarray(np.average(outputs, axis=0, weights=weights))
+
+
+async def check_answer(world: Operating, name: str, *seeds: int, weights: list[float] | None = None) -> None:
+    answer = await world.ask(name, [ROW])
+    assert "outputs" in answer, answer
+    found = np.array(answer["outputs"][0]["data"]).reshape(1, 10)
+    np.testing.assert_allclose(found, expected(*seeds, weights=weights), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    return {name: export_mlp(tmp_path / f"{name}.pt2", seed=seed) for seed, name in enumerate("abc")}
+
+
+async def test_profiles_given_and_changes_of_weights_members_and_devices(
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path]
+) -> None:
+    async with operating(control_plane, namespace) as world:
+        a, b, c = (member(name, files[name]) for name in "abc")
+        await world.apply(resource("tiny", [a, b]))
+        status = await world.until_ready("tiny")
+        assert status["devices"]["summary"] == "2/2"
+        assert status["members"]["summary"] == "2/2"
+        assert status["throughput"]["predicted"] > 0
+        await check_answer(world, "tiny", 0, 1)
+        pods = {name: process.uid for name, process in world.kubelet.pods.items()}
+
+        rule = {"rule": "weightedMean"}
+        await world.apply(resource("tiny", [a | {"weight": 3}, b], combine=rule))
+        await world.until_ready("tiny")
+        await check_answer(world, "tiny", 0, 1, weights=[3, 1])
+
+        await world.apply(resource("tiny", [a, b, c], combine=rule))
+        await world.until_ready("tiny")
+        await check_answer(world, "tiny", 0, 1, 2)
+
+        await world.apply(resource("tiny", [a, c], combine=rule))
+        await world.until_ready("tiny")
+        await check_answer(world, "tiny", 0, 2)
+
+        one_device = {"count": 1, "resource": "cpu", "cores": "500m", "memory": "1Gi"}
+        await world.apply(resource("tiny", [a, c], combine=rule, devices=one_device))
+        await world.until("tiny", lambda s: s["replicas"] == 1 and s["devices"]["summary"] == "1/1")
+        await check_answer(world, "tiny", 0, 2)
+        kept = {name: process.uid for name, process in world.kubelet.pods.items()}
+        assert kept.items() <= pods.items(), "a change of the plan restarts no pod"
+
+        await world.apply(resource("tiny", [a, c], combine=rule))
+        await world.until("tiny", lambda s: s["replicas"] == 2 and s["devices"]["summary"] == "2/2")
+        await check_answer(world, "tiny", 0, 2)
+        reasons = [reason for reason, _ in await world.events("tiny")]
+        assert reasons.count("PlanChanged") >= 3
+        assert reasons.count("Ready") == 1, await world.events("tiny")
+        assert "Degraded" not in reasons
+
+
+async def test_no_profile_given(control_plane: ControlPlane, namespace: str, files: dict[str, Path]) -> None:
+    async with operating(control_plane, namespace) as world:
+        measured = resource("tiny", [member(name, files[name], profiled=False) for name in "ab"])
+        # The models tell their inputs and outputs, too.
+        del measured["spec"]["input"], measured["spec"]["output"]
+        await world.apply(measured)
+        status = await world.until_ready("tiny", 90)
+        assert status["throughput"]["predicted"] > 0
+        book = await world.kube.get("ConfigMap", namespace, "tiny-profiles")
+        assert book is not None
+        assert len([name for name in book["data"] if len(name) == 16]) == 2
+        found = await world.kube.get("ConfigMap", namespace, "tiny-plan")
+        assert found is not None
+        await world.until("tiny", lambda s: "background" not in said(s, "Profiled")["message"], 60)
+        # Restarted, the operator knows all of it and measures nothing again.
+        await world.end_operator()
+        before = (await world.kube.get("ConfigMap", namespace, "tiny-profiles") or {})["data"]
+        await world.start_operator()
+        await world.until_ready("tiny")
+        await asyncio.sleep(1)
+        after = (await world.kube.get("ConfigMap", namespace, "tiny-profiles") or {})["data"]
+        assert after == before
+
+
+def said(status: dict[str, Any], type_: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(c for c in status["conditions"] if c["type"] == type_)
+    return found
