@@ -11,15 +11,16 @@ FILE ?= examples/imagenet-lite/ensemble.yaml
 BIN := $(VENV)/bin
 # Where it is there, it has the API server that some tests want; see `make test`.
 KUBE := ../shared/kube
+IMAGES := operator gateway worker
 CRD := crds/ensemble-operator.io_inferenceensembles.yaml
 POLICY := crds/ensemble-operator.io_inferenceensembles_policy.yaml
 STALE := { echo "crds/ is out of date: run 'make crd'" >&2; exit 1; }
 # Folders that do not exist yet are no reason to fail.
-CODE := $(wildcard operator worker tests benchmarks examples)
+CODE := $(wildcard operator worker tests benchmarks examples charts images)
 
 .PHONY: help
 help:  ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-8s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(VENV)/.installed-demo models  ## Serve three ImageNet networks, classify a photograph, stop
@@ -53,6 +54,7 @@ verify: $(VENV)/.installed-dev  ## Check format, lint, types, layers and generat
 	$(BIN)/lint-imports
 	$(BIN)/python -m ensemble_operator.crd | diff -u $(CRD) - || $(STALE)
 	$(BIN)/python -m ensemble_operator.crd policy | diff -u $(POLICY) - || $(STALE)
+	$(BIN)/python -m charts.generate --check
 
 .PHONY: format
 format: $(VENV)/.installed-dev  ## Format the code and mend what ruff can mend
@@ -63,6 +65,26 @@ format: $(VENV)/.installed-dev  ## Format the code and mend what ruff can mend
 crd: $(VENV)/.installed-dev  ## Generate the CRD from the resource's types
 	$(BIN)/python -m ensemble_operator.crd > $(CRD).new && mv $(CRD).new $(CRD)
 	$(BIN)/python -m ensemble_operator.crd policy > $(POLICY).new && mv $(POLICY).new $(POLICY)
+
+.PHONY: chart
+chart: crd  ## Generate what the chart and its documents repeat from the code
+	$(BIN)/python -m charts.generate
+
+.PHONY: images
+images:  ## Build the three images as archives in build/images (with docker, or what ../shared/kube has)
+	@mkdir -p build/images
+	@if [ -x $(KUBE)/images ]; then $(KUBE)/images . build/images $(IMAGES); else \
+	    for target in $(IMAGES); do docker build --target $$target --tag localhost/$$target:test . && \
+	        docker save --output build/images/$$target.tar localhost/$$target:test; done; fi
+
+.PHONY: cluster-test
+cluster-test: $(VENV)/.installed-dev images  ## Install, serve and break things in the cluster that KUBECONFIG names
+	@if [ -n "$${KUBECONFIG:-}" ]; then ENSEMBLE_TEST_IMAGES=$${ENSEMBLE_TEST_IMAGES:-localhost:test} $(BIN)/python -m pytest tests/cluster $(ARGS); \
+	elif [ -x $(KUBE)/cluster ]; then \
+	    $(KUBE)/cluster up --nodes 2; trap '$(KUBE)/cluster down' EXIT; \
+	    $(KUBE)/cluster load build/images/*.tar; \
+	    ENSEMBLE_TEST_IMAGES=localhost:test $(KUBE)/cluster run $(BIN)/python -m pytest tests/cluster $(ARGS); \
+	else echo "KUBECONFIG names no cluster: kind create cluster, load build/images/*.tar into it, and set KUBECONFIG" >&2; exit 1; fi
 
 .PHONY: clean
 clean:  ## Remove the virtual environment, exported models and caches
