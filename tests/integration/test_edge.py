@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
+from ensemble_gateway.reading import Reading
 from tests.support.data_plane import LocalGateway, Workers, serving
 from tests.support.http_client import Client, get, infer, infer_json, post, rows
 from tests.support.plane_members import TIMES
@@ -124,6 +125,24 @@ async def test_chunked_bodies(client: Client) -> None:
         await works(client)
 
 
+async def test_inferences_after_these_never_become_requests_of_aiohttp(edge: LocalGateway) -> None:
+    """A body in chunks, one that waited for a word: only they are lent, and what follows is the edge's again."""
+    body = infer_json(rows(2))
+    chunks = b"%x;x=y\r\n%s\r\n0\r\nDigest: none\r\n\r\n" % (len(body), body)
+    chunked = post(b"", Content_Length=None, Transfer_Encoding="chunked") + chunks
+    expecting = post(body, Expect="100-continue")
+    async with await edge.connect() as client:
+        for before in (chunked, expecting):
+            client.send(before + infer(rows(1)))
+            if before is expecting:
+                assert (await client.reply()).status == 100
+            for _ in range(2):
+                assert (await client.reply()).status == 200
+            (connection,) = edge.port.edge.connections.values()
+            assert connection.reading is Reading.HEAD
+            await works(client)
+
+
 async def test_expect_continue(client: Client) -> None:
     x = rows(4)
     body = infer_json(x)
@@ -216,7 +235,7 @@ async def test_a_truncated_body_then_disconnect(edge: LocalGateway) -> None:
     async with asyncio.timeout(5):
         while edge.port.edge.connections:
             await asyncio.sleep(0.01)
-    assert edge.gateway.pipeline.store.used_rows == 0
+    assert edge.gateway.pipeline.engine.store.used_rows == 0
     async with await edge.connect() as client:
         await works(client)
 
@@ -225,7 +244,7 @@ async def test_a_client_that_closes_its_side_has_left(edge: LocalGateway, client
     client.send(infer(rows(1))[:-4])
     client.writer.write_eof()
     assert await client.ended()
-    assert edge.gateway.pipeline.store.used_rows == 0
+    assert edge.gateway.pipeline.engine.store.used_rows == 0
 
 
 MALFORMED = [

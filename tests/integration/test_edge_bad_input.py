@@ -118,7 +118,7 @@ async def test_bad_input(edge: LocalGateway, client: Client, what: str) -> None:
         assert (reply.status, message in reply.error) == (status, True), reply
         assert len(reply.error) < 1000
         np.testing.assert_allclose((await client.ask(infer(x))).y(), 2 * x, rtol=1e-5)
-    assert edge.gateway.pipeline.store.used_rows == 0
+    assert edge.gateway.pipeline.engine.store.used_rows == 0
 
 
 async def test_a_full_store_refuses_and_says_when_to_come_back(workers: Workers) -> None:
@@ -132,7 +132,7 @@ async def test_a_full_store_refuses_and_says_when_to_come_back(workers: Workers)
         assert "100" in reply.error
         first.send(infer(rows(60)))
         second.send(infer(rows(40)))
-        while local.gateway.pipeline.store.used_rows < 100:
+        while local.gateway.pipeline.engine.store.used_rows < 100:
             await asyncio.sleep(0.001)
         reply = await third.ask(infer(rows(1)))
         assert (reply.status, reply.headers["retry-after"]) == (503, "1")
@@ -141,4 +141,4 @@ async def test_a_full_store_refuses_and_says_when_to_come_back(workers: Workers)
             reply = await client.reply()
             assert reply.status == 503
             assert "no live instance of absent" in reply.error
-        assert local.gateway.pipeline.store.used_rows == 0
+        assert local.gateway.pipeline.engine.store.used_rows == 0

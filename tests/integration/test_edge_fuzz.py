@@ -93,7 +93,7 @@ async def test_random_mutations(workers: Workers, caplog: pytest.LogCaptureFixtu
                     np.testing.assert_allclose((await client.ask(infer(x), 5)).y(), 2 * x, rtol=1e-5)
                     assert (await client.ask(get("/v2/health/live"), 5)).status == 200
             async with asyncio.timeout(5):
-                while local.port.edge.connections or local.gateway.pipeline.store.used_rows:
+                while local.port.edge.connections or local.gateway.pipeline.engine.store.used_rows:
                     await asyncio.sleep(0.01)
     assert not problems
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR], caplog.text

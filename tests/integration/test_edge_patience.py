@@ -90,7 +90,7 @@ async def test_a_client_that_never_reads(workers: Workers) -> None:
     async with serving(workers.plan(*TIMES), limits) as local:
         for request in (infer(rows(8000), model="echo.times1"), get("/metrics") * 2000):
             assert 0 < await flood(local, request) < 1 << 20
-        assert local.gateway.pipeline.store.used_rows == 0
+        assert local.gateway.pipeline.engine.store.used_rows == 0
 
 
 async def flood(local: LocalGateway, request: bytes) -> int:
@@ -179,7 +179,7 @@ async def test_drain_answers_what_was_asked(workers: Workers) -> None:
         await half.writer.drain()
         await asyncio.sleep(0.05)
         flying.send(infer(x))
-        while local.gateway.pipeline.idle:
+        while not local.gateway.pipeline.in_flight:
             await asyncio.sleep(0)
         local.gateway.drain()
         draining = asyncio.create_task(local.port.drain(10))

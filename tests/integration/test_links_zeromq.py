@@ -188,21 +188,6 @@ async def test_a_row_goes_to_a_worker_once(address: str, linker: Linker) -> None
             owner.close()
 
 
-async def test_a_name_is_resolved_and_an_unknown_one_tried_again(
-    linker: Linker, caplog: pytest.LogCaptureFixture
-) -> None:
-    port = free_port()
-    async with running(worker_at(f"tcp://127.0.0.1:{port}")), gateway(linker(f"tcp://localhost:{port}")) as owner:
-        await owner.run(5)
-    lonely = Gateway()
-    lonely.link = linker(f"tcp://no-such-host.invalid:{port}")(lonely)
-    try:
-        lonely.link.start()
-        await lonely.until(lambda: caplog.text.count("cannot be resolved") == 2)
-    finally:
-        lonely.close()
-
-
 async def test_an_address_in_use_is_an_error_that_names_it(address: str) -> None:
     async with running(worker_at(address)):
         gc.collect()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ensemble_gateway import batches, dispatcher
+from ensemble_gateway import assignment, batches
 from ensemble_gateway.queues import Request
 from tests.support.dispatch_world import Device, World, affine
 
@@ -180,7 +180,7 @@ def test_tiny_members_are_served_faster_together_than_apart(
     clients: int, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = rate(clients, 0.00002)
-    monkeypatch.setattr(dispatcher, "FUSE_S", 0.0)
+    monkeypatch.setattr(assignment, "FUSE_S", 0.0)
     apart = rate(clients, 0.00002)
     assert together > factor * apart
 

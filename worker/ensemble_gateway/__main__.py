@@ -11,9 +11,9 @@ from pathlib import Path
 import uvloop
 
 from ensemble_contract.errors import InvalidPlan
-from ensemble_contract.keys import KeyFiles
 from ensemble_contract.plan import GatewayPlan, decode_plan
 from ensemble_gateway.app import Options, serve
+from ensemble_gateway.folders import KeysFolder
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104  # a server's default
 EXIT_USAGE = 2
@@ -27,18 +27,28 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s gateway %(message)s")
     host, _, port = options.http.rpartition(":")
     try:
-        plan = decode_plan(options.plan.read_bytes(), GatewayPlan)
-        keys = KeyFiles.read(options.keys) if options.keys else None
-    except (OSError, InvalidPlan, ValueError) as error:
+        plan = decode_plan(options.plan.read_bytes(), GatewayPlan) if options.plan else None
+        keys = KeysFolder(options.keys) if options.keys else None
+    except (OSError, InvalidPlan) as error:
         print(f"gateway: {options.plan}: {error}", file=sys.stderr)  # noqa: T201  # the parent reads it
         return EXIT_PLAN
-    token = os.environ.get("ENSEMBLE_ADMIN_TOKEN", "")
+    except ValueError as error:
+        print(f"gateway: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_PLAN
+    started = Options(
+        host=host.strip("[]") or EVERYWHERE,
+        port=int(port),
+        admin=options.admin,
+        plan=plan,
+        mirror=options.mirror,
+        state_dir=options.state_dir,
+        keys=keys,
+        token=os.environ.get("ENSEMBLE_ADMIN_TOKEN", ""),
+        drain_delay_s=options.drain_delay_s,
+        parent_pid=options.parent_pid,
+    )
     try:
-        uvloop.run(
-            serve(
-                Options(host.strip("[]") or EVERYWHERE, int(port), options.admin, plan, keys, token, options.parent_pid)
-            )
-        )
+        uvloop.run(serve(started))
     except OSError as error:
         print(f"gateway: cannot listen on {options.http}: {error.strerror or error}", file=sys.stderr)  # noqa: T201
         return EXIT_ADDRESS
@@ -51,8 +61,19 @@ def _parser() -> argparse.ArgumentParser:
         "--http", required=True, metavar="HOST:PORT", help="where clients connect; port 0 takes a free one"
     )
     parser.add_argument("--admin", required=True, metavar="ADDRESS", help="admin API: unix:PATH or tcp://HOST:PORT")
-    parser.add_argument("--plan", required=True, type=Path, help="the first GatewayPlan, a JSON file")
-    parser.add_argument("--keys", type=Path, help="folder of CURVE keys for tcp:// workers")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="the first GatewayPlan, JSON")
+    parser.add_argument("--mirror", type=Path, metavar="FILE", help="an EnsemblePlan, JSON, that others replace")
+    parser.add_argument("--state-dir", type=Path, metavar="FOLDER", help="where the newest plan taken is kept")
+    parser.add_argument(
+        "--keys", type=Path, metavar="FOLDER", help="CURVE keys for tcp:// workers, and the admin API's token"
+    )
+    parser.add_argument(
+        "--drain-delay-s",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="after SIGTERM, accept connections for so long while saying that no more shall come",
+    )
     parser.add_argument("--parent-pid", type=int, default=0, help="exit when this process is gone")
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     return parser

@@ -3,45 +3,65 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
 
 from ensemble_contract.errors import InvalidPlan
-from ensemble_contract.plan import GatewayPlan, decode_plan, encode_plan
+from ensemble_contract.plan import MAX_PLAN_BYTES, GatewayPlan, decode_plan, encode_plan
+from ensemble_gateway.gateway import StalePlan
 from ensemble_gateway.pipeline import Pipeline
+
+# What a kubelet asks, without a token.
+OPEN_PATHS = frozenset({"/v1/health", "/v1/ready"})
 
 
 class Served(Protocol):
     """What the admin API needs of the gateway."""
 
     @property
-    def pipeline(self) -> Pipeline:
-        """What serves now."""
+    def pipeline_or_none(self) -> Pipeline | None:
+        """What serves now; None before the first plan."""
+
+    @property
+    def newest(self) -> GatewayPlan | None:
+        """The newest plan adopted."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests shall come here."""
+
+    @property
+    def retiring(self) -> int:
+        """Changes of plan under way, and former plans with requests in flight."""
 
     @property
     def url(self) -> str:
         """Where clients reach it."""
 
-    def adopt(self, plan: GatewayPlan) -> bool:
-        """Serve a newer plan; False if it is older than the one served."""
+    def adopt(self, plan: GatewayPlan) -> None:
+        """Serve a newer plan; raises StalePlan if it is not newer."""
 
 
-def make_admin(gateway: Served, token: str = "") -> web.Application:
-    """The admin application; with a token, every request must carry it (`Authorization: Bearer …`)."""
+def make_admin(gateway: Served, token: Callable[[], str] = lambda: "") -> web.Application:
+    """The admin application; while `token` says one, requests must carry it (`Authorization: Bearer …`)."""
 
     async def get_plan(_request: web.Request) -> web.Response:
-        return web.Response(body=encode_plan(gateway.pipeline.plan), content_type="application/json")
+        pipeline = gateway.pipeline_or_none
+        if pipeline is None:
+            return _json({"error": "this gateway has no plan yet"}, 404)
+        return web.Response(body=encode_plan(pipeline.plan), content_type="application/json")
 
     async def put_plan(request: web.Request) -> web.Response:
         try:
             plan = decode_plan(await request.read(), GatewayPlan)
+            gateway.adopt(plan)
         except InvalidPlan as error:
             return _json({"error": str(error)}, 400)
-        served = gateway.pipeline.plan.generation
-        if not gateway.adopt(plan):
-            return _json({"error": f"generation {plan.generation} is older than {served}"}, 409)
+        except StalePlan as error:
+            return _json({"error": str(error)}, 409)
         return _json({"generation": plan.generation}, 202)
 
     async def get_state(_request: web.Request) -> web.Response:
@@ -50,10 +70,16 @@ def make_admin(gateway: Served, token: str = "") -> web.Application:
     async def get_health(_request: web.Request) -> web.Response:
         return _json({"status": "ok"})
 
-    app = web.Application(client_max_size=1 << 20, middlewares=[require(token)])
+    async def get_ready(_request: web.Request) -> web.Response:
+        if gateway.ready:
+            return _json({"status": "ready"})
+        return _json({"status": "not ready", "error": "too few members have been live yet, or it is draining"}, 503)
+
+    app = web.Application(client_max_size=MAX_PLAN_BYTES + 1024, middlewares=[require(token)])
     app.add_routes(
         [
             web.get("/v1/health", get_health),
+            web.get("/v1/ready", get_ready),
             web.get("/v1/plan", get_plan),
             web.put("/v1/plan", put_plan),
             web.get("/v1/state", get_state),
@@ -62,13 +88,14 @@ def make_admin(gateway: Served, token: str = "") -> web.Application:
     return app
 
 
-def require(token: str) -> Any:
-    """A middleware that lets only requests with this token pass; every request, if it is empty."""
+def require(token: Callable[[], str]) -> Any:
+    """A middleware that lets requests pass that have this token, or a kubelet's; all of them, while it is empty."""
 
     @web.middleware
     async def check(request: web.Request, handler: Any) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode(errors="surrogateescape")
-        if token and not hmac.compare_digest(given, token.encode()):
+        wanted = token()
+        if wanted and request.path not in OPEN_PATHS and not hmac.compare_digest(given, wanted.encode()):
             return _json({"error": "this API wants the admin token: Authorization: Bearer TOKEN"}, 401)
         response: web.StreamResponse = await handler(request)
         return response
@@ -77,45 +104,76 @@ def require(token: str) -> Any:
 
 
 def state_of(gateway: Served) -> dict[str, Any]:
-    """What the gateway serves, from where, and how much, as JSON."""
-    pipeline = gateway.pipeline
-    dispatcher, store, counters = pipeline.dispatcher, pipeline.store, pipeline.metrics.models[0]
-    names = [member.name for member in pipeline.plan.members]
-    live = list(dispatcher.instances())
-    return {
-        "generation": pipeline.plan.generation,
-        "ready": pipeline.ready,
+    """What the gateway serves, from where, and how much, as JSON.
+
+    `generation` is the plan that is served, `newest` the newest adopted, `retiring` how many changes of plan are under
+    way or have requests of the former plan in flight: a change is over when the two are equal and it is 0.
+    """
+    pipeline, newest = gateway.pipeline_or_none, gateway.newest
+    state: dict[str, Any] = {
+        "generation": pipeline.plan.generation if pipeline else 0,
+        "newest": newest.generation if newest else 0,
+        "retiring": gateway.retiring,
+        "ready": gateway.ready,
         "url": gateway.url,
-        "members": [
-            {
-                "name": name,
-                "live": dispatcher.alive(index),
-                "instances": sum(1 for _, instance in live if instance.member == index),
-                "waitingRows": dispatcher.waiting_rows(index),
-                "rows": pipeline.metrics.models[index + 1].rows,
-            }
-            for index, name in enumerate(names)
-        ],
-        "workers": [
-            {
-                "name": link.worker,
-                "connected": link.connected,
-                "inFlight": dispatcher.in_flight(link.worker),
-                "instances": [
-                    {"member": names[i.member], "batchSize": i.batch_size}
-                    for worker, i in live
-                    if worker == link.worker
-                ],
-            }
-            for link in pipeline.links.values()
-        ],
+        "members": [],
+        "memberDigests": {},
+        "workers": [],
+    }
+    return state | _serving(pipeline) if pipeline else state
+
+
+def _serving(pipeline: Pipeline) -> dict[str, Any]:
+    engine, counters = pipeline.engine, pipeline.metrics.models[0]
+    return {
+        "members": _members(pipeline),
+        "memberDigests": {member.name: member.digest for member in pipeline.plan.members},
+        "workers": _workers(pipeline),
         "rows": counters.rows,
         "requests": counters.requests,
         "failures": {str(reason): times for reason, times in counters.failures.items()},
         "requestSeconds": counters.success_s,
-        "storeBytes": store.used_rows * store.bytes_per_row,
-        "storeCapacityBytes": store.layout.slots * store.bytes_per_row,
+        "durationBoundsS": counters.durations.bounds,
+        "durationCounts": counters.durations.counts,
+        "storeBytes": engine.used_bytes,
+        "storeCapacityBytes": engine.store.allocator.capacity * engine.bytes_per_row,
     }
+
+
+def _members(pipeline: Pipeline) -> list[dict[str, Any]]:
+    dispatcher = pipeline.engine.dispatcher
+    served = zip(pipeline.plan.members, pipeline.columns, pipeline.metrics.models[1:], strict=True)
+    return [
+        {
+            "name": member.name,
+            "digest": member.digest,
+            "live": dispatcher.alive(column),
+            "instances": dispatcher.hosts(column),
+            "waitingRows": dispatcher.waiting_rows(column),
+            "rows": counters.rows,
+        }
+        for member, column, counters in served
+    ]
+
+
+def _workers(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """Every worker with all that it reports live, of whatever version."""
+    engine = pipeline.engine
+    states = engine.dispatcher.states()
+    return [
+        {
+            "name": link.worker,
+            "address": engine.address_of(link.worker),
+            "connected": link.connected,
+            "inFlight": engine.dispatcher.in_flight(link.worker),
+            "generation": states[link.worker].generation if link.worker in states else 0,
+            "instances": [
+                {"member": live.member, "digest": live.digest, "batchSize": live.batch_size}
+                for live in (states[link.worker].instances if link.worker in states else ())
+            ],
+        }
+        for link in engine.links.values()
+    ]
 
 
 def _json(content: object, status: int = 200) -> web.Response:

@@ -6,9 +6,20 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from ensemble_contract.plan import GatewayPlan
+
 # Smaller bodies are read as they come.
 SMALL_BYTES = 64 << 10
 RECEIVED_AT_ONCE_BYTES = 32 << 20
+# A body lies in memory beside the rows in the store, and its JSON beside that: larger requests go in parts.
+MAX_BODY_BYTES = 64 << 20
+# JSON and framing around the rows of the largest request that a small store can take.
+BODY_MARGIN_BYTES = 1 << 20
+
+
+def body_limit(plan: GatewayPlan | None) -> int:
+    """The bytes of the largest body that is read under a plan."""
+    return (min(plan.max_queue_bytes, MAX_BODY_BYTES) if plan else MAX_BODY_BYTES) + BODY_MARGIN_BYTES
 
 
 @dataclass(frozen=True, slots=True)

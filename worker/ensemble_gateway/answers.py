@@ -14,19 +14,20 @@ from ensemble_contract.plan import GatewayPlan
 from ensemble_contract.tensors import TensorSpec, fp32_to_bf16
 from ensemble_gateway.combiner import make_rule
 from ensemble_gateway.metrics import Metrics
-from ensemble_gateway.queues import Request, bits
+from ensemble_gateway.queues import Request
 from ensemble_gateway.request import Answer, Array
 from ensemble_gateway.rowstore import RowStore
 from ensemble_gateway.served import output_of_member
 
 
 class Answers:
-    """Makes the answers of one plan out of its row store."""
+    """Makes the answers of one plan out of the row store, where its members have these `columns`, in its order."""
 
-    def __init__(self, plan: GatewayPlan, store: RowStore, metrics: Metrics) -> None:
+    def __init__(self, plan: GatewayPlan, columns: tuple[int, ...], store: RowStore, metrics: Metrics) -> None:
         self._specs = plan.outputs
         self._names = [member.name for member in plan.members]
         self._everyone = tuple(range(len(plan.members)))
+        self._columns = columns
         self._store = store
         self._metrics = metrics
         softmax = all(member.activation == "softmax" for member in plan.members)
@@ -38,7 +39,7 @@ class Answers:
 
         In the model's order and in the declared datatypes; they may be views of the store.
         """
-        columns = self._everyone if member is None else (member,)
+        columns = self._columns if member is None else (self._columns[member],)
         stacks = [self._store.stack(output, columns, ranges) for output in range(len(self._specs))]
         rule = self._rule
         if member is not None or rule is None:
@@ -48,28 +49,32 @@ class Answers:
                 for stack, spec in zip(stacks, self._specs, strict=True)
             ]
         began = time.perf_counter()
-        combined = [_declared(rule.combine(s, columns), spec) for s, spec in zip(stacks, self._specs, strict=True)]
+        combined = [
+            _declared(rule.combine(s, self._everyone), spec) for s, spec in zip(stacks, self._specs, strict=True)
+        ]
         self._metrics.combined(len(combined[0]), time.perf_counter() - began)
         return combined
 
     def in_full(self, request: Request) -> Answer:
         """The answer of one request with what its members have answered, and who they are."""
         header = request.sink.header
-        columns = tuple(bits(request.done))
+        members = tuple([member for member in self._everyone if request.done >> self._columns[member] & 1])
+        columns = [self._columns[member] for member in members]
         outputs: dict[str, Array] = {}
         for index, spec in enumerate(self._specs):
             stack = self._store.stack(index, columns, request.ranges)
             if header.model.member is not None:
                 outputs[spec.name] = _declared(stack[0], spec)
             elif self._rule is not None:
-                outputs[spec.name] = _declared(self._rule.combine(stack, columns), spec)
+                outputs[spec.name] = _declared(self._rule.combine(stack, members), spec)
             if header.members or self._rule is None:
-                for position, column in enumerate(columns):
-                    name = output_of_member(self._names[column], spec.name)
+                for position, member in enumerate(members):
+                    name = output_of_member(self._names[member], spec.name)
                     outputs[name] = _declared(stack[position], spec)
-        missing = bits(request.wanted & ~request.done)
-        used = tuple(self._names[column] for column in columns)
-        return Answer(outputs, used, tuple(self._names[column] for column in missing))
+        used = tuple([self._names[member] for member in members])
+        missing = request.wanted & ~request.done
+        absent = [self._names[member] for member in self._everyone if missing >> self._columns[member] & 1]
+        return Answer(outputs, used, tuple(absent))
 
 
 def _declared(values: Array, spec: TensorSpec) -> Array:

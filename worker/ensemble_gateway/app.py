@@ -1,33 +1,26 @@
-"""The gateway process: one event loop with the public port, the admin API and the pipeline of the current plan."""
+"""The gateway process: one event loop with the public port, the admin API and the gateway behind them."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import math
-import os
 import signal
-import socket
-import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import zmq
 from aiohttp import web
 
-from ensemble_contract.keys import KeyFiles
+from ensemble_contract.keys import Credentials
 from ensemble_contract.orphan import die_with_parent
-from ensemble_contract.plan import GatewayPlan, WorkerAddress
+from ensemble_contract.plan import GatewayPlan
 from ensemble_gateway.admin import make_admin
-from ensemble_gateway.admission import Limits
+from ensemble_gateway.admission import Limits, body_limit
 from ensemble_gateway.edge import Edge
-from ensemble_gateway.links import Link, LinkOwner
-from ensemble_gateway.links.shared import SharedLink, SharedMemory
-from ensemble_gateway.links.zeromq import ZeroMQLink
-from ensemble_gateway.pipeline import Pipeline
+from ensemble_gateway.folders import KeysFolder, Token, follow_folders
+from ensemble_gateway.gateway import Gateway
+from ensemble_gateway.plans import KeptPlan, Mirror, newest_of
 from ensemble_gateway.routes import make_app, make_runner
-from ensemble_gateway.rowstore import RowStore
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,92 +28,41 @@ BACKLOG = 4096
 SWEEP_S = 5.0
 # Below the 30 s that Kubernetes gives a pod by default.
 DRAIN_S = 25.0
-# A body lies in memory beside the rows in the store, and its JSON beside that: larger requests go in parts.
-MAX_BODY_BYTES = 64 << 20
-# JSON and framing around the rows of the largest request that a small store can take.
-BODY_MARGIN_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a gateway is started. `admin` is `unix:PATH` or `tcp://HOST:PORT`."""
+    """How a gateway is started. `admin` is `unix:PATH` or `tcp://HOST:PORT`.
+
+    The newest plan of `plan`, `mirror` and `state_dir` is served first; without any, the first that comes. `token` is
+    that of the admin API where the folder of `keys` has none.
+    """
 
     host: str
     port: int
     admin: str
-    plan: GatewayPlan
-    keys: KeyFiles | None = None
+    plan: GatewayPlan | None = None
+    mirror: Path | None = None
+    state_dir: Path | None = None
+    keys: KeysFolder | None = None
     token: str = ""
+    drain_delay_s: float = 0.0
     parent_pid: int = 0
 
 
-class Gateway:
-    """What is served now; a newer plan gets a pipeline of its own, and the former one ends with its last request."""
-
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._retiring: set[asyncio.Task[None]] = set()
-        self.url = ""
-        self._newest = options.plan
-        self.pipeline = Pipeline(options.plan, self._make_link)
-        self.pipeline.start()
-
-    def _make_link(self, worker: WorkerAddress, memory: SharedMemory, store: RowStore, owner: LinkOwner) -> Link:
-        scheme, _, path = worker.address.partition(":")
-        if scheme == "unix":
-            return SharedLink(worker.name, path, memory, store, self._name, owner)
-        return ZeroMQLink(worker, store, self._name, owner, self._context, self._options.keys)
-
-    def adopt(self, plan: GatewayPlan) -> bool:
-        """Serve a newer plan; False if it is older than the one served, True also if it is the same.
-
-        Requests go to the new pipeline as soon as it has a live instance of every member, until then to the former.
-        """
-        if plan.generation < self._newest.generation:
-            return False
-        if plan != self._newest:
-            self._newest = plan
-            task = asyncio.get_running_loop().create_task(self._change(plan))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
-        return True
-
-    async def _change(self, plan: GatewayPlan) -> None:
-        following = Pipeline(plan, self._make_link, self.pipeline.metrics)
-        following.start()
-        await _until(lambda: following.ready or self._newest is not plan, plan.timeout_s)
-        if self._newest is not plan:
-            following.close()
-            return
-        former, self.pipeline = self.pipeline, following
-        await _until(lambda: former.idle)
-        former.close()
-
-    @property
-    def retiring(self) -> int:
-        """How many changes of plan are under way, or have requests of the former plan in flight."""
-        return len(self._retiring)
-
-    def drain(self) -> None:
-        """Say that no new requests shall come."""
-        self.pipeline.draining = True
-
-    def close(self) -> None:
-        """Leave the workers."""
-        for task in self._retiring:
-            task.cancel()
-        self.pipeline.close()
-        self._context.destroy(linger=0)
-
-
 class Port:
-    """The public port: the edge, and behind it the aiohttp application for what the edge does not answer itself."""
+    """The public port: the edge, and behind it the aiohttp application for what the edge does not answer itself.
 
-    def __init__(self, gateway: Gateway, max_body_bytes: int, limits: Limits | None = None) -> None:
-        self.edge = Edge(lambda: gateway.pipeline, max_body_bytes, limits)
-        app = make_app(lambda: gateway.pipeline, max_body_bytes=max_body_bytes)
+    Bodies are limited as the plan allows, or to `max_body_bytes`.
+    """
+
+    def __init__(self, gateway: Gateway, max_body_bytes: int | None = None, limits: Limits | None = None) -> None:
+        def most() -> int:
+            pipeline = gateway.pipeline_or_none
+            return max_body_bytes or body_limit(pipeline.plan if pipeline else None)
+
+        self.edge = Edge(lambda: gateway.pipeline, most, limits)
+        app = make_app(lambda: gateway.pipeline, max_body_bytes=most)
         app.middlewares.insert(0, self.edge.announce)
         self._runner = make_runner(app, shutdown_timeout_s=0.1)
         self._server: asyncio.Server | None = None
@@ -163,30 +105,37 @@ async def serve(options: Options) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    gateway = Gateway(options)
-    port = Port(gateway, min(options.plan.max_queue_bytes, MAX_BODY_BYTES) + BODY_MARGIN_BYTES)
-    admin = web.AppRunner(make_admin(gateway, options.token), access_log=None)
+    first = options.keys.first if options.keys else Credentials()
+    token = Token(options.token, first.token)
+    mirror = Mirror(options.mirror) if options.mirror else None
+    kept = KeptPlan(options.state_dir) if options.state_dir else None
+    gateway = Gateway(first.keys, kept.write if kept else lambda _: None)
+    port = Port(gateway)
+    admin = web.AppRunner(make_admin(gateway, token), access_log=None)
     await admin.setup()
+    following = None
     try:
         gateway.url = await port.open(options.host, options.port)
         await _site(admin, options.admin).start()
-        _LOG.info("serving %s at %s", options.plan.ensemble, gateway.url)
+        plan = newest_of(mirror.look() if mirror else None, options.plan, kept.read() if kept else None)
+        if plan is not None:
+            gateway.adopt(plan)
+        _LOG.info("serving %s at %s", plan.ensemble if plan else "as soon as a plan comes,", gateway.url)
+        if mirror or options.keys:
+            following = loop.create_task(follow_folders(gateway, token, mirror, options.keys))
         await stop.wait()
         gateway.drain()
+        await asyncio.sleep(options.drain_delay_s)
         if not await port.drain(DRAIN_S):
             _LOG.warning("requests were still in flight after %.0f s", DRAIN_S)
     finally:
+        if following is not None:
+            following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await following
         await port.close()
         gateway.close()
         await admin.cleanup()
-
-
-async def _until(condition: Callable[[], bool], within_s: float = math.inf) -> None:
-    """Wait until `condition` holds, or the time is over. What it asks changes in many places, and rarely."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + within_s
-    while not condition() and loop.time() < deadline:  # noqa: ASYNC110  # no single event to wait for
-        await asyncio.sleep(0.02)
 
 
 async def _sweep(edge: Edge) -> None:
@@ -201,4 +150,4 @@ def _site(runner: web.AppRunner, address: str) -> web.BaseSite:
         Path(rest).unlink(missing_ok=True)
         return web.UnixSite(runner, rest)
     host, _, port = rest.removeprefix("//").rpartition(":")
-    return web.TCPSite(runner, host, int(port))
+    return web.TCPSite(runner, host.strip("[]"), int(port))

@@ -7,19 +7,17 @@ waits, within bounds, and nothing more is read from a client that does not take 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ensemble_gateway.heads import Head, cannot_become_a_head
+from ensemble_gateway.bodies import Unclear
+from ensemble_gateway.heads import cannot_become_a_head
+from ensemble_gateway.inference import Inference
 from ensemble_gateway.lent import MAX_HEAD_BYTES
-from ensemble_gateway.pipeline import Pipeline
-from ensemble_gateway.queues import Request
-from ensemble_gateway.reading import SEEN_BYTES, Reading, Seen
-from ensemble_gateway.replies import error_reply, full_reply
-from ensemble_gateway.request import Answer, Array, InferHeader, RequestError
+from ensemble_gateway.loan import Loan
+from ensemble_gateway.reading import Reading
+from ensemble_gateway.replies import error_reply
+from ensemble_gateway.request import RequestError
 
 if TYPE_CHECKING:
     from ensemble_gateway.edge import Edge
@@ -27,40 +25,32 @@ if TYPE_CHECKING:
 # Bytes of a next request that may arrive while one is answered; then reading pauses.
 MAX_AHEAD_BYTES = 256 << 10
 
-_LOG = logging.getLogger(__name__)
 
-
-class Connection(asyncio.Protocol):
+class Connection(Inference, asyncio.Protocol):
     """One client connection; also the sink of its request in flight."""
 
-    __slots__ = (
-        "_blocked", "_buffer", "_due", "_edge", "_head", "_lent", "_lent_busy", "_lent_left", "_paused", "_pipeline",
-        "_reading", "_request", "_seen", "_sent_at", "_time", "_transport", "_unsent", "header",
-    )  # fmt: skip
-
-    header: InferHeader
+    __slots__ = ("_blocked", "_buffer", "_loan", "_paused", "_reading", "_sent_at", "_time", "_transport", "_unsent")
 
     def __init__(self, edge: Edge) -> None:
-        self._edge = edge
+        super().__init__(edge)
         self._time = asyncio.get_running_loop().time
         self._transport: asyncio.Transport | None = None
         self._reading = Reading.HEAD
         self._buffer: bytes | bytearray = b""
-        self._head: Head | None = None
-        self._request: Request | None = None
-        self._pipeline: Pipeline | None = None
-        self._seen: Seen | None = None
-        self._lent: asyncio.Protocol | None = None
-        self._lent_left = 0
-        self._lent_busy = self._paused = self._blocked = False
+        self._loan = Loan(edge.lend)
+        self._paused = self._blocked = False
         self._unsent, self._sent_at = 0, 0.0
-        # When the client must have done its next thing.
         self._due = self._time() + edge.limits.idle_s
 
     @property
     def waiting_bytes(self) -> int:
         """Bytes that have come and are not part of an answered request."""
         return len(self._buffer)
+
+    @property
+    def reading(self) -> Reading:
+        """Where it is with its client's bytes."""
+        return self._reading
 
     # -- asyncio.Protocol -----------------------------------------------------------------------------------------
 
@@ -73,12 +63,9 @@ class Connection(asyncio.Protocol):
         """The client has left, or we have closed: rows in flight are dropped."""
         if self._transport is not None:
             self._edge.forget(self._transport)
-        if self._request is not None and self._pipeline is not None:
-            self._pipeline.cancel(self._request)
-        self._edge.budget.release(self)
-        if self._lent is not None:
-            self._lent.connection_lost(exc)
-        self._transport = self._lent = self._request = None
+        self._leave_inference()
+        self._loan.end(exc)
+        self._transport = None
         self._buffer = b""
 
     def data_received(self, data: bytes) -> None:
@@ -86,13 +73,17 @@ class Connection(asyncio.Protocol):
         seen = self._seen
         awaited = self._reading is Reading.HEAD and not (self._buffer or self._blocked)
         if awaited and seen is not None and len(data) == seen.head.size and data.startswith(seen.text):
-            self._head, self._reading = seen.head, Reading.ANSWERING
-            self._submit(seen, memoryview(data)[len(seen.text) :])
-            return
+            if seen.pipeline is self._edge.pipeline():
+                self._head, self._reading = seen.head, Reading.ANSWERING
+                self._submit(seen.pipeline, seen.header, memoryview(data)[len(seen.text) :])
+                return
+            # A new plan: what was parsed is of the former.
+            self._seen = None
         if self._reading is Reading.LENT:
-            if not self._lent_busy:
+            if not self._loan.busy:
                 self._due = self._time() + self._edge.limits.idle_s
-            self._lend(data)
+            if self._transport is not None:
+                self._loan.give(self._transport, data)
             return
         if self._reading is Reading.LEAVING:
             return
@@ -117,14 +108,12 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """The client reads slowly: its next request waits."""
         self._blocked = True
-        if self._lent is not None:
-            self._lent.pause_writing()
+        self._loan.pause_writing()
 
     def resume_writing(self) -> None:
         """The client reads again."""
         self._blocked = False
-        if self._lent is not None:
-            self._lent.resume_writing()
+        self._loan.resume_writing()
         if self._reading in (Reading.HEAD, Reading.BODY, Reading.LENDING):
             self._read_on()
 
@@ -132,16 +121,16 @@ class Connection(asyncio.Protocol):
 
     def _read(self) -> None:
         """Read what has come, up to the end of a request that is not answered yet."""
-        while self._buffer and self._transport is not None and not self._blocked:
+        while self._buffer and (transport := self._transport) is not None and not self._blocked:
             match self._reading:
                 case Reading.HEAD if not self._read_head():
                     return
                 case Reading.BODY if not self._read_body():
                     return
                 case Reading.LENDING:
-                    self._lend_body()
+                    self._lend_body(transport)
                 case Reading.LENT:
-                    self._lend_all()
+                    self._lend_all(transport)
                 case Reading.ANSWERING | Reading.LEAVING:
                     return
 
@@ -172,7 +161,8 @@ class Connection(asyncio.Protocol):
         elif head.endless:
             self._reading = Reading.LENT
         else:
-            self._lent_left, self._reading = head.size, Reading.LENDING
+            self._loan.begin(head)
+            self._reading = Reading.LENDING
         return True
 
     def _read_body(self) -> bool:
@@ -195,68 +185,6 @@ class Connection(asyncio.Protocol):
         size = self._head.size if self._head is not None else 0
         self._due = self._time() + self._edge.limits.body_s(size)
         self._resume()
-
-    # -- inference ------------------------------------------------------------------------------------------------
-
-    def _infer(self, head: Head, request: memoryview) -> None:
-        edge = self._edge
-        try:
-            pipeline = edge.pipeline()
-            text, binary = head.split(request[head.length :])
-            header = edge.header_of(pipeline, head, text, len(binary))
-        except RequestError as error:
-            self.refused(error)
-        except Exception:
-            self._refuse_unexpected()
-        else:
-            seen = Seen(bytes(request[: head.length + len(text)]), head, header, pipeline)
-            self._submit(seen, binary)
-            if any(part.array is not None for part in header.inputs):
-                # The rows are in the store now: twice would be once too often.
-                self.header = replace(header, inputs=())
-            elif len(seen.text) <= SEEN_BYTES:
-                self._seen = seen
-        edge.budget.release(self)
-
-    def _submit(self, seen: Seen, binary: memoryview) -> None:
-        pipeline = self._edge.pipeline()
-        if pipeline is not seen.pipeline:
-            # A new plan: what was parsed is of the former.
-            self._seen = None
-            self._buffer, self._reading = seen.text + bytes(binary), Reading.HEAD
-            self._read()
-            return
-        self.header, self._pipeline = seen.header, pipeline
-        try:
-            self._request = pipeline.submit(self, binary)
-        except RequestError as error:
-            self.refused(error)
-        except Exception:
-            self._refuse_unexpected()
-
-    def _refuse_unexpected(self) -> None:
-        _LOG.exception("an inference could not be taken")
-        self.refused(RequestError(500, "internal error: the gateway's log has the cause"))
-
-    def answered(self, outputs: Sequence[Array]) -> None:
-        """Write the usual answer: a prefix known from the header, and the outputs' bytes."""
-        prefix = self._edge.replies.prefix(self.header, self._keep_alive())
-        if prefix is None:
-            specs = self.header.model.outputs
-            self.answered_in_full(Answer({s.name: o for s, o in zip(specs, outputs, strict=True)}))
-        else:
-            self._write(prefix.join_with(outputs))
-
-    def answered_in_full(self, answer: Answer) -> None:
-        """Write any other answer."""
-        try:
-            self._write(full_reply(self.header, answer, self._keep_alive()))
-        except RequestError as error:
-            self.refused(error)
-
-    def refused(self, error: RequestError) -> None:
-        """Write an error."""
-        self._write(error_reply(error, self._keep_alive()))
 
     def _keep_alive(self) -> bool:
         return not self._edge.draining and (self._head is None or self._head.keep_alive)
@@ -283,37 +211,38 @@ class Connection(asyncio.Protocol):
 
     # -- lending to aiohttp ---------------------------------------------------------------------------------------
 
-    def _lend_body(self) -> None:
-        data, self._buffer = bytes(self._buffer[: self._lent_left]), bytes(self._buffer[self._lent_left :])
-        self._lent_left -= len(data)
-        self._reading = Reading.LENDING if self._lent_left else Reading.ANSWERING
-        self._lend(data)
+    def _lend_body(self, transport: asyncio.Transport) -> None:
+        came, self._buffer = self._buffer, b""
+        try:
+            given, done = self._loan.give_request(transport, came)
+        except Unclear:
+            self._reading, self._buffer = Reading.LENT, came
+            self._lend_all(transport)
+            return
+        # What is the client's next may be answered only after this.
+        self._buffer = bytes(came[given:])
+        if done and self._reading is Reading.LENDING:
+            self._reading = Reading.ANSWERING
 
-    def _lend_all(self) -> None:
-        data, self._buffer = bytes(self._buffer), b""
-        self._lend(data)
-
-    def _lend(self, data: bytes) -> None:
-        if self._lent is None and self._edge.lend is not None and self._transport is not None:
-            self._lent = self._edge.lend()
-            self._lent.connection_made(self._transport)
-        if self._lent is not None and data:
-            self._lent.data_received(data)
+    def _lend_all(self, transport: asyncio.Transport) -> None:
+        came, self._buffer = bytes(self._buffer), b""
+        self._loan.give(transport, came)
 
     def lent_request_began(self) -> None:
         """A request is with a handler of aiohttp, which has its own patience with the client until it has."""
-        self._lent_busy, self._due = True, math.inf
+        self._loan.busy, self._due = True, math.inf
 
     def lent_request_done(self, keep_alive: bool) -> None:
         """The request is answered by aiohttp. What it closes, or has not got the whole body of, it keeps."""
-        self._lent_busy = False
+        self._loan.busy = False
         if self._reading is Reading.ANSWERING and keep_alive:
             self._next()
         else:
             self._reading = Reading.LENT
             self._due = self._time() + self._edge.limits.idle_s
             self._resume()
-            self._lend_all()
+            if self._transport is not None:
+                self._lend_all(self._transport)
 
     def refuse_and_close(self, error: RequestError) -> None:
         """Answer what aiohttp has parsed and cannot answer, as the last thing on this connection."""
@@ -325,7 +254,7 @@ class Connection(asyncio.Protocol):
 
     def close_if_idle(self) -> None:
         """Close unless a request is being received or answered."""
-        awaiting = self._reading is Reading.HEAD or (self._reading is Reading.LENT and not self._lent_busy)
+        awaiting = self._reading is Reading.HEAD or (self._reading is Reading.LENT and not self._loan.busy)
         if awaiting and not self._buffer and self._transport is not None:
             self._transport.close()
 
@@ -346,7 +275,7 @@ class Connection(asyncio.Protocol):
             transport.abort()
         elif (self._reading is Reading.HEAD and self._buffer) or self._reading is Reading.BODY:
             self._leave(RequestError(408, "the request did not arrive in time: send it faster"))
-        elif self._request is None and not self._lent_busy:
+        elif self._request is None and not self._loan.busy:
             transport.close()
 
     def _leave(self, error: RequestError) -> None:

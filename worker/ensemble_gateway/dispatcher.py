@@ -8,42 +8,104 @@ a request starts first. `placement` says which lane gets how many.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from heapq import heapify, heappop, heapreplace
+from collections.abc import Collection, Iterator, Sequence
 from itertools import count
 from math import inf
 
 from ensemble_contract.wire import State
-from ensemble_gateway.batches import FUSE_S, Batch, completed, fuse, fuse_limit_s
+from ensemble_gateway.assignment import Assigner
+from ensemble_gateway.batches import Batch, completed
+from ensemble_gateway.columns import Columns, Version
 from ensemble_gateway.deadlines import Deadlines
+from ensemble_gateway.failures import causes, too_late
 from ensemble_gateway.lanes import Instance, Lane, lanes_of
-from ensemble_gateway.placement import Lanes, Offer
-from ensemble_gateway.queues import Failure, Queues, Request, bits
-
-# The sequence number of a member's oldest request, minus the seconds of its waiting work, and the member.
-Need = tuple[int, float, int]
+from ensemble_gateway.placement import Lanes
+from ensemble_gateway.queues import Failure, Queues, Request
 
 
 class Dispatcher:
-    """Queues, lanes and requests in flight of one ensemble with `members` (name, digest) in column order."""
+    """Queues, lanes and requests in flight of one ensemble; it starts with `members` (name, digest) in column order."""
 
-    def __init__(self, members: list[tuple[str, str]], max_delay_s: float = 0.0) -> None:
-        self._names = [name for name, _ in members]
-        self._index = {pair: column for column, pair in enumerate(members)}
-        self._max_delay_s = max_delay_s
-        self._queues = Queues(len(members))
-        self._lanes = Lanes(len(members))
-        self._batches: dict[int, Batch] = {}
-        self._ids = count(1)
+    def __init__(self, members: Sequence[Version] = (), max_delay_s: float = 0.0) -> None:
+        self._columns = Columns()
+        self._queues = Queues(0)
+        self._lanes = Lanes(0)
+        self._states: dict[str, State] = {}
+        self._expected = 0
         self._seqs = count(1)
-        self._assign_at = inf
+        self._assigner = Assigner(self._queues, self._lanes, max_delay_s)
+        self._batches = self._assigner.batches
+        # The batches to send now.
+        self.assign = self._assigner.assign
         self.deadlines: Deadlines[Request] = Deadlines()
+        self.prefer(self.columns_of(members), max_delay_s)
+
+    # -- which versions are served --------------------------------------------------------------------------------
+
+    def room_for(self, members: Sequence[Version]) -> bool:
+        """Whether each of these versions has a column, or can have one."""
+        return self._columns.room_for(members)
+
+    def columns_of(self, members: Sequence[Version]) -> tuple[int, ...]:
+        """The columns of these versions, new ones for those that have none; workers that run these are looked at."""
+        new = {version for version in members if version not in self._columns.of}
+        for version in dict.fromkeys(members):
+            if version in new and self._columns.add(version) == len(self._lanes.hosts):
+                self._queues.grow()
+                self._lanes.grow()
+        for state in list(self._states.values()):
+            if any((live.member, live.digest) in new for live in state.instances):
+                self.update(state)
+        return tuple([self._columns.of[version] for version in members])
+
+    def prefer(self, columns: Sequence[int], max_delay_s: float) -> None:
+        """Most requests will want all of these columns from now on, and no others; rows may wait so long for others."""
+        self._assigner.max_delay_s = max_delay_s
+        self._queues.set_everyone(sum(1 << column for column in columns))
+
+    def expect(self, columns: Sequence[int]) -> None:
+        """Requests shall wait for these members within their deadlines, quorum or not, until they have been live."""
+        self._expected = sum(1 << column for column in columns) & ~self._lanes.alive
+
+    def keep_only(self, columns: Collection[int]) -> list[int]:
+        """Drop all other columns but those of which a batch is under way; returns the dropped ones."""
+        gone = [column for column in self._columns.of.values() if column not in columns]
+        if gone:
+            busy = {instance.member for batch in self._batches.values() for instance in batch.instances}
+            gone = [column for column in gone if column not in busy]
+        if not gone:
+            return []
+        self._columns.drop(gone)
+        self._expected &= ~sum(1 << column for column in gone)
+        for worker, lanes in list(self._lanes.by_worker.items()):
+            if any(column in lane.instances for lane in lanes for column in gone):
+                self.update(self._states[worker])
+        return gone
 
     # -- what the caller asks -------------------------------------------------------------------------------------
 
     def alive(self, member: int) -> bool:
         """Whether the member has a live instance."""
         return bool(self._lanes.alive >> member & 1)
+
+    def missing(self, columns: Sequence[int], workers: Collection[str] | None = None) -> int:
+        """How many of these columns have no live instance, or, with `workers`, none on any of these."""
+        wanted = sum(1 << column for column in columns)
+        alive = self._lanes.alive
+        if workers is not None and not wanted & ~alive and not self._lanes.by_worker.keys() <= set(workers):
+            known = [self._lanes.by_worker.get(worker, ()) for worker in workers]
+            alive = 0
+            for column in {column for lanes in known for lane in lanes for column in lane.instances}:
+                alive |= 1 << column
+        return (wanted & ~alive).bit_count()
+
+    def hosts(self, member: int) -> int:
+        """How many live instances a member has."""
+        return sum(map(len, self._lanes.hosts[member].by_class.values()))
+
+    def states(self) -> dict[str, State]:
+        """What each connected worker has said that it can run."""
+        return dict(self._states)
 
     def waiting_rows(self, member: int) -> int:
         """Rows queued for a member, not yet with a worker."""
@@ -71,8 +133,8 @@ class Dispatcher:
 
     def next_at(self) -> float | None:
         """When `expire` or `assign` has something to do that no event announces."""
-        at = self.deadlines.next_at()
-        return at if self._assign_at == inf or (at is not None and at <= self._assign_at) else self._assign_at
+        at, assign_at = self.deadlines.next_at(), self._assigner.next_at
+        return at if assign_at == inf or (at is not None and at <= assign_at) else assign_at
 
     # -- events ---------------------------------------------------------------------------------------------------
 
@@ -85,9 +147,10 @@ class Dispatcher:
 
     def update(self, state: State) -> list[Request]:
         """A worker says what it can run; returns requests that are finished because a member is gone."""
+        self._states[state.worker] = state
         before = self._lanes.by_worker.get(state.worker, [])
         known = {instance.id: instance for lane in before for instance in lane.instances.values()}
-        lanes = lanes_of(state, self._index, known)
+        lanes = lanes_of(state, self._columns.of, known)
         for lane in lanes:
             for old in before:
                 lane.inherit(old)
@@ -97,11 +160,13 @@ class Dispatcher:
         for batch in sorted(orphaned, key=lambda batch: batch.id, reverse=True):
             del self._batches[batch.id]
             self._requeue(batch, ())
+        self._expected &= ~self._lanes.alive
         return self._finish_without_dead(alive)
 
-    def lost(self, worker: str) -> list[Request]:
-        """A worker is gone: the batch that each lane was running is blamed, all its rows are queued again."""
-        return self._lose(worker, None)
+    def lost(self, worker: str, *, blame: bool = True) -> list[Request]:
+        """A worker is gone and all its rows are queued again; with `blame`, what each lane was running may be why."""
+        self._states.pop(worker, None)
+        return self._lose(worker, None, blame=blame)
 
     def take(self, batch_id: int, now: float) -> Batch | None:
         """The batch that a worker has finished or failed; None when it was given up before."""
@@ -166,7 +231,7 @@ class Dispatcher:
         finished = []
         for request in self.deadlines.due(now):
             if request.done.bit_count() < request.quorum:
-                request.failure = self._late(request, now)
+                request.failure = too_late(request, now, self._columns.names, self._lanes.alive)
             self._close(request)
             finished.append(request)
         return finished
@@ -182,10 +247,12 @@ class Dispatcher:
         """Close a request that has all it can get, or too little whatever comes; False while it waits for a member."""
         possible = request.wanted & ~request.failed
         if possible.bit_count() < request.quorum:
-            request.failure = Failure(500, self._causes(request))
+            request.failure = Failure(500, causes(request, self._columns.names))
         else:
             pending = possible & ~request.done
-            if pending & self._lanes.alive or (pending and request.done.bit_count() < request.quorum):
+            if pending & (self._lanes.alive | self._expected) or (
+                pending and request.done.bit_count() < request.quorum
+            ):
                 return False
         self._close(request)
         return True
@@ -209,27 +276,11 @@ class Dispatcher:
             return []
         return [request for request in list(self.deadlines) if self._complete(request)]
 
-    def _causes(self, request: Request) -> str:
-        return "; ".join(f"member {self._names[m]}: {text}" for m, text in (request.causes or {}).items())
-
-    def _late(self, request: Request, now: float) -> Failure:
-        pending = request.wanted & ~(request.done | request.failed)
-        names = ", ".join(self._names[m] for m in bits(pending))
-        dead = [self._names[m] for m in bits(pending & ~self._lanes.alive)]
-        waited = f"{now - request.admitted_at:.3f} s"
-        failed = f"; {self._causes(request)}" if request.causes else ""
-        if dead:
-            text = f"no live instance of {', '.join(dead)} after {waited}; still waiting for: {names}{failed}"
-            return Failure(503, text)
-        have = request.done.bit_count()
-        text = f"{have} of the {request.quorum} members needed answered in {waited}; missing: {names}{failed}"
-        return Failure(504, text)
-
-    def _lose(self, worker: str, blamed: Lane | None) -> list[Request]:
+    def _lose(self, worker: str, blamed: Lane | None, *, blame: bool = True) -> list[Request]:
         """A worker's rows are queued again; the first batch of each lane is blamed, except where one was already."""
         alive = self._lanes.alive
         lanes = self._lanes.replace(worker, [])
-        guilty = {next(iter(lane.batches), 0) for lane in lanes if lane is not blamed}
+        guilty = {next(iter(lane.batches), 0) for lane in lanes if blame and lane is not blamed}
         finished: list[Request] = []
         # The newest first, because each goes to the head of its queue.
         for batch in sorted([b for lane in lanes for b in lane.batches.values()], key=lambda b: b.id, reverse=True):
@@ -251,100 +302,3 @@ class Dispatcher:
                     again.append(entry._replace(lost=entry.lost + lost, alone=entry.alone or bool(lost)))
             self._queues.put_back(member, again)
         return finished
-
-    # -- assignment -----------------------------------------------------------------------------------------------
-
-    def assign(self, now: float) -> list[Batch]:
-        """The batches to send now."""
-        queues, lanes = self._queues, self._lanes
-        queues.spread()
-        batches: list[Batch] = []
-        self._assign_at = inf
-        if not queues.members:
-            return batches
-        lanes.ripen(now)
-        needs = [need for member in bits(queues.members & lanes.open) if (need := self._need(member))]
-        total_s = 0.0
-        for need in needs:
-            total_s -= need[1]
-        heapify(needs)
-        while needs:
-            _, work_s, member = needs[0]
-            waiting = queues.waiting[member]
-            offer = lanes.offer(member, waiting, -work_s / total_s if total_s > -work_s else 1.0, now)
-            if offer is None or (self._max_delay_s and self._early(member, waiting, offer, now)):
-                heappop(needs)
-                continue
-            batch = self._cut(offer, total_s, now)
-            batches.append(batch)
-            if len(batch.instances) > 1:
-                needs, total_s = self._needs_after(batch, needs, total_s)
-                continue
-            need = self._need(member) if queues.waiting[member] else None
-            total_s += work_s
-            if need:
-                total_s -= need[1]
-            if need and lanes.open >> member & 1:
-                heapreplace(needs, need)
-            else:
-                heappop(needs)
-        lanes.end_round()
-        if queues.members:
-            self._assign_at = min(self._assign_at, lanes.next_opening())
-        return batches
-
-    def _needs_after(self, batch: Batch, needs: list[Need], total_s: float) -> tuple[list[Need], float]:
-        """The needs when a batch of several members has been given out; who was passed over is not asked again."""
-        ran = {instance.member for instance in batch.instances}
-        left = []
-        for need in needs:
-            if need[2] in ran:
-                total_s += need[1]
-            else:
-                left.append(need)
-        for member in ran:
-            rest = self._need(member) if self._queues.waiting[member] else None
-            if rest:
-                total_s -= rest[1]
-                if self._lanes.open >> member & 1:
-                    left.append(rest)
-        heapify(left)
-        return left, total_s
-
-    def _need(self, member: int) -> Need | None:
-        """How much a member needs a lane, the smaller the more: by its oldest request, then by its work."""
-        head = self._queues.head(member)
-        reference = self._lanes.hosts[member].reference
-        if head is None or reference is None:
-            return None
-        return head.seq, -reference.expect(self._queues.waiting[member]), member
-
-    def _early(self, member: int, waiting: int, offer: Offer, now: float) -> bool:
-        """Whether the rows may wait a little for others, and do not fill a batch yet."""
-        head = self._queues.head(member)
-        if head is None or waiting >= offer[1].batch_size:
-            return False
-        until = head.admitted_at + self._max_delay_s
-        if until > now:
-            self._assign_at = min(self._assign_at, until)
-        return until > now
-
-    def _cut(self, offer: Offer, total_s: float, now: float) -> Batch:
-        """Make a batch of the oldest rows of a member, and of others that wait with the same where it is brief."""
-        lane, instance, rows = offer
-        entries = self._queues.cut(instance.member, rows)
-        if len(entries) > 1:
-            rows = sum([entry.rows for entry in entries])
-            waited = len(entries) * now - sum([entry.request.admitted_at for entry in entries])
-        else:
-            entry = entries[0]
-            rows, waited = entry.rows, now - entry.request.admitted_at
-        instances: tuple[Instance, ...] = (instance,)
-        expected_s = instance.latency.expect(rows)
-        if expected_s < FUSE_S and len(lane.instances) > 1:
-            limit_s = fuse_limit_s(total_s, 1 + self._lanes.idle_beside(lane, instance.member))
-            instances, expected_s = fuse(self._queues, lane, instance, entries, limit_s)
-        batch = Batch(next(self._ids), lane, instances, entries, rows, expected_s, now, waited)
-        self._batches[batch.id] = batch
-        self._lanes.start(batch, now)
-        return batch

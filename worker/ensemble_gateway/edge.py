@@ -34,10 +34,13 @@ CHUNKED_BYTES = 1 << 20
 class Edge:
     """What all connections of the port share: the pipeline, caches of what was parsed before, aiohttp's protocol."""
 
-    def __init__(self, pipeline: Callable[[], Pipeline], max_body_bytes: int, limits: Limits | None = None) -> None:
+    def __init__(
+        self, pipeline: Callable[[], Pipeline], max_body_bytes: Callable[[], int], limits: Limits | None = None
+    ) -> None:
         self.pipeline = pipeline
         self.limits = limits or Limits()
-        self.heads = Heads(max_body_bytes)
+        self.heads = Heads(max_body_bytes())
+        self._max_body_bytes = max_body_bytes
         self.replies = Replies()
         self.budget: BodyBudget[Receiver] = BodyBudget()
         self.connections: dict[asyncio.BaseTransport, Connection] = {}
@@ -102,7 +105,9 @@ class Edge:
         Raises RequestError.
         """
         if pipeline is not self._headers_of:
+            # What was parsed for the plan before. Heads know only the limit.
             self._headers, self._headers_of, self._headers_bytes = {}, pipeline, 0
+            self.heads = Heads(self._max_body_bytes())
             self.replies.clear()
         if len(text) > CACHED_JSON_BYTES:
             return self._parse(pipeline, head, text, binary_bytes)
@@ -117,6 +122,17 @@ class Edge:
                     self._headers, self._headers_bytes = {}, size
                 self._headers[key] = header
         return header
+
+    async def parse_off_loop(self, head: Head, text: bytes, binary: memoryview) -> tuple[InferHeader, Pipeline]:
+        """The parsed JSON part of an inference, and the pipeline that it is for, which serves now; read in a thread.
+
+        Raises RequestError.
+        """
+        while True:
+            pipeline = self.pipeline()
+            header = await asyncio.to_thread(self._parse, pipeline, head, text, len(binary))
+            if pipeline is self.pipeline():
+                return header, pipeline
 
     @staticmethod
     def _parse(pipeline: Pipeline, head: Head, text: bytes, binary_bytes: int) -> InferHeader:

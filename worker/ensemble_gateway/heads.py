@@ -25,9 +25,7 @@ MAX_JSON_BYTES = 16 << 20
 
 _INFER = re.compile(rb"/v2/models/([^/?#]+)(?:/versions/([^/?#]+))?/infer")
 # Headers with which an inference is no longer a plain body.
-_SLOW = frozenset({b"content-encoding", b"upgrade", b"te", b"trailer"})
-# Headers with which it is not known where a request ends, or who answers it first.
-_ENDLESS = frozenset({b"transfer-encoding", b"expect"})
+_SLOW = frozenset({b"content-encoding", b"upgrade", b"te", b"trailer", b"expect"})
 _VERSIONS = ("1.0", "1.1")
 
 
@@ -35,14 +33,15 @@ _VERSIONS = ("1.0", "1.1")
 class Head:
     """A parsed head of `length` bytes; `size` counts its body too.
 
-    `fast`: a plain inference, for the edge. `endless`: where its body ends is unknown. `refusal`: an HTTP status and a
-    message, for what is no request.
+    `fast`: a plain inference, for the edge. `chunked`: its body comes in chunks. `endless`: where its body ends is
+    unknown. `refusal`: an HTTP status and a message, for what is no request.
     """
 
     length: int
     size: int
     fast: bool = False
     endless: bool = False
+    chunked: bool = False
     keep_alive: bool = True
     target: bytes = b""
     model: str = ""
@@ -127,8 +126,8 @@ def _parse(text: bytes, max_body_bytes: int) -> Head:
     if expectation.lower() != b"100-continue":
         shown = expectation[:80].decode("latin-1")
         return Head(len(text), len(text), refusal=(417, f"Expect {shown!r} is not served: only 100-continue"))
-    if _ENDLESS & values.keys():
-        return Head(len(text), len(text), endless=True)
+    if b"transfer-encoding" in values:
+        return _head_of_chunks(fields, text, version)
     # llhttp has checked that it is a number.
     content_length = int(values.get(b"content-length", b"0"))
     size = len(text) + content_length
@@ -154,10 +153,18 @@ def _parse(text: bytes, max_body_bytes: int) -> Head:
         return slow
     name, wanted = match.groups()
     return Head(
-        len(text), size, True, False, fields.keep_alive, fields.target,
+        len(text), size, True, False, False, fields.keep_alive, fields.target,
         unquote(name.decode("latin-1")), None if wanted is None else unquote(wanted.decode("latin-1")),
         None if header_length is None else int(header_length),
     )  # fmt: skip
+
+
+def _head_of_chunks(fields: _Fields, text: bytes, version: str) -> Head:
+    """The head of a body without a length: in plain chunks it tells its end itself."""
+    codings = [value for name, value in fields.headers if name == b"transfer-encoding"]
+    lengths = any(name == b"content-length" for name, _ in fields.headers)
+    plain = len(codings) == 1 and codings[0].strip().lower() == b"chunked" and not lengths and version == "1.1"
+    return Head(len(text), len(text), endless=not plain, chunked=plain)
 
 
 def cannot_become_a_head(text: bytes | bytearray) -> RequestError | None:

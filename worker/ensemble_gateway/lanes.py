@@ -125,7 +125,8 @@ class Lane:
 def lanes_of(state: State, members: dict[tuple[str, str], int], known: dict[int, Instance]) -> list[Lane]:
     """The lanes of a worker by its State, for the (member, digest) pairs that are served; measurements are kept."""
     instances = []
-    for live in state.instances:
+    # By id: of two instances of a version, which it has while a batch size changes, a serial worker runs the newer.
+    for live in sorted(state.instances, key=lambda live: live.id):
         member = members.get((live.member, live.digest))
         if member is not None:
             before = known.get(live.id)

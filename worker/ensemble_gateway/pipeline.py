@@ -1,108 +1,94 @@
-"""The pipeline of one plan: rows in, batches to workers, outputs back, combined answers out.
+"""The pipeline of one plan: takes its requests, and answers them from what the engine has gathered.
 
-Glue of the pure cores (row store, dispatcher, combiner) and the links, on one event loop. Requests that arrive in one
-turn of the loop are dispatched together, and requests that finish together are combined together.
+Light, because every new plan gets one: models that clients can name, counters, the combination. Rows, batches and
+workers are the engine's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ensemble_contract import wire
-from ensemble_contract.layout import StoreLayout
-from ensemble_contract.plan import GatewayPlan, WorkerAddress
+from ensemble_contract.plan import GatewayPlan
 from ensemble_gateway.answers import Answers
-from ensemble_gateway.dispatcher import Dispatcher
-from ensemble_gateway.links import Link, LinkOwner
-from ensemble_gateway.links.shared import SharedMemory
 from ensemble_gateway.metrics import ENSEMBLE, Failure, Gauges, Metrics, model_index
-from ensemble_gateway.queues import Entry, Request, bits
+from ensemble_gateway.queues import Request
 from ensemble_gateway.request import Answer, Array, InferHeader, Model, RequestError
-from ensemble_gateway.rowstore import Ranges, RowStore, slots_within
+from ensemble_gateway.rowstore import Ranges
 from ensemble_gateway.served import served_models
 from ensemble_gateway.sinks import FutureSink, Sink
 
-OVERDUE_CHECK_S = 0.5
+if TYPE_CHECKING:
+    from ensemble_gateway.engine import Engine
+
 RETRY_AFTER_S = 1
 
 _REASONS = {499: Failure.CANCELED, 500: Failure.BACKEND, 503: Failure.REJECTED, 504: Failure.TIMEOUT}
 
 
-LinkMaker = Callable[[WorkerAddress, SharedMemory, RowStore, LinkOwner], Link]
-
-
 class Pipeline:
-    """What serves one plan. `make_link` opens the link to a worker."""
+    """What serves one plan on an engine, whose `columns` its members have, in the plan's order.
 
-    def __init__(self, plan: GatewayPlan, make_link: LinkMaker, former: Metrics | None = None) -> None:
+    It counts on where `former` has, and is as ready. `serving`: requests come, or have come, through it.
+    """
+
+    def __init__(
+        self, plan: GatewayPlan, engine: Engine, columns: tuple[int, ...], former: Pipeline | None = None
+    ) -> None:
         self.plan = plan
-        self.draining = False
+        self.engine = engine
+        self.columns = columns
         self.models = served_models(plan)
+        self.metrics: Metrics = Metrics(self.models.values(), self._gauges(), former.metrics if former else None)
+        self.draining = False
+        self.serving = False
+        self.leaving = False
+        self.in_flight = 0
         self._loop = asyncio.get_running_loop()
-        self._carried = tuple(spec.carried for spec in plan.outputs)
-        members = len(plan.members)
-        layout = StoreLayout(plan.inputs, slots_within(plan.max_queue_bytes, plan.inputs, self._carried, members))
-        self._memory = SharedMemory("ensemble-store", layout.total_bytes)
-        self.store = RowStore(layout, self._memory.memory, self._carried, members)
-        self.dispatcher = Dispatcher([(m.name, m.digest) for m in plan.members], plan.max_delay_s)
-        self._everyone = (1 << members) - 1
-        self._quorum = plan.quorum or members
-        self.metrics = Metrics(self.models.values(), self._gauges(), former)
-        self._answers = Answers(plan, self.store, self.metrics)
-        self.links: dict[str, Link] = {}
-        self._links = [make_link(worker, self._memory, self.store, self) for worker in plan.workers]
-        self._finished: list[Request] = []
-        self._turning = False
-        self._seen_all = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = math.inf
-        self._watch: asyncio.TimerHandle | None = None
-
-    # -- life -----------------------------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Connect to the workers."""
-        self.links = {link.worker: link for link in self._links}
-        for link in self._links:
-            link.start()
-        self._watch = self._loop.call_later(OVERDUE_CHECK_S, self._check_overdue)
+        self._store = engine.store
+        self._dispatcher = engine.dispatcher
+        self._everyone = sum(1 << column for column in columns)
+        self._member = {column: index for index, column in enumerate(columns)}
+        self._quorum = plan.quorum or len(columns)
+        self._max_rows = min(
+            engine.store.layout.slots, plan.max_queue_bytes // engine.store.bytes_per_row(len(columns))
+        )
+        self._answers = Answers(plan, columns, engine.store, self.metrics)
+        self._was_ready = former is not None and former.was_ready
 
     @property
-    def idle(self) -> bool:
-        """Whether no request is in flight."""
-        return self.store.used_rows == 0
+    def was_ready(self) -> bool:
+        """Whether as many members as the quorum wants have been live at once; stays so: then quorum or 503 answer."""
+        if not self._was_ready:
+            self._was_ready = self.answerable
+        return self._was_ready
 
     @property
     def ready(self) -> bool:
-        """Whether a live instance of every member has been seen; stays so until it drains: quorum or 503 answer."""
-        if not self._seen_all:
-            self._seen_all = all(self.member_live(member) for member in range(len(self.plan.members)))
-        return self._seen_all and not self.draining
+        """Whether requests shall come here."""
+        return self.was_ready and not self.draining
+
+    @property
+    def answerable(self) -> bool:
+        """Whether as many members are live as the quorum wants."""
+        return len(self.columns) - self._dispatcher.missing(self.columns) >= self._quorum
+
+    @property
+    def whole(self) -> bool:
+        """Whether every member has a live instance on the workers of this plan: others may be about to leave."""
+        return not self._dispatcher.missing(self.columns, [worker.name for worker in self.plan.workers])
 
     def member_live(self, index: int) -> bool:
         """Whether a worker reports an instance of this member live."""
-        return self.dispatcher.alive(index)
+        return self._dispatcher.alive(self.columns[index])
 
     def max_rows(self, _model: Model) -> int:
         """The most rows that a request can have: the store's."""
-        return self.store.layout.slots
-
-    def close(self) -> None:
-        """Refuse what is in flight and leave the workers."""
-        for request in list(self.dispatcher.deadlines):
-            self.dispatcher.cancel(request)
-            self._release(request.ranges)
-            request.sink.refused(RequestError(503, "the gateway is stopping", RETRY_AFTER_S))
-        for link in self._links:
-            link.close()
-        for timer in (self._timer, self._watch):
-            if timer is not None:
-                timer.cancel()
-        self._memory.close()
+        return max(1, self._max_rows)
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -113,31 +99,39 @@ class Pipeline:
         503 for a full store.
         """
         header = sink.header
-        wanted = self._everyone if header.model.member is None else 1 << header.model.member
-        quorum = self._quorum if header.quorum is None else header.quorum
-        if header.model.member is not None:
-            quorum = 1
-        elif not 1 <= quorum <= len(self.plan.members):
-            raise RequestError(400, f"parameter 'quorum': {quorum} is not in 1..{len(self.plan.members)}")
-        ranges = self._slots_for(header)
-        self.store.write(ranges, [_bytes_of(part.array) if part.array is not None else binary[part.start : part.stop]
-                                  for part in header.inputs])  # fmt: skip
-        request = Request(header.rows, ranges, wanted, quorum, sink)
+        member = header.model.member
+        if member is not None:
+            wanted, quorum = 1 << self.columns[member], 1
+        else:
+            wanted = self._everyone
+            quorum = self._quorum if header.quorum is None else header.quorum
+            if not 1 <= quorum <= len(self.columns):
+                raise RequestError(400, f"parameter 'quorum': {quorum} is not in 1..{len(self.columns)}")
+        ranges = self._store.allocator.take(header.rows)
+        if ranges is None:
+            raise self._no_room(header)
+        self._store.write(ranges, [_bytes_of(part.array) if part.array is not None else binary[part.start : part.stop]
+                                   for part in header.inputs])  # fmt: skip
+        request = Request(header.rows, ranges, wanted, quorum, sink, self)
         now = self._loop.time()
         timeout_s = self.plan.timeout_s if header.timeout_s is None else header.timeout_s
-        self.dispatcher.admit(request, now + timeout_s, now)
-        if not self._turning:
-            self._turning = True
-            self._loop.call_soon(self._turn)
+        self._dispatcher.admit(request, now + timeout_s, now)
+        self.in_flight += 1
+        self.engine.wake()
         return request
 
-    async def infer(self, header: InferHeader, binary: memoryview) -> Answer:
-        """The answer to one request; cancelled when the client leaves.
+    def infer(self, header: InferHeader, binary: memoryview) -> Awaitable[Answer]:
+        """The answer to one request, whose rows are taken at once; cancelled when the client leaves.
 
-        Raises RequestError.
+        Raises RequestError, now or when it is awaited.
         """
         sink = FutureSink(header, self._loop.create_future())
         request = self.submit(sink, binary)
+        # The rows are in the store: what came as JSON need not wait beside them.
+        sink.header = replace(header, inputs=())
+        return self._answer_to(sink, request)
+
+    async def _answer_to(self, sink: FutureSink, request: Request) -> Answer:
         try:
             return await sink.future
         finally:
@@ -146,125 +140,42 @@ class Pipeline:
     def cancel(self, request: Request) -> None:
         """The client has left: forget its rows. Nothing happens if it was answered."""
         if not request.closed:
-            self.dispatcher.cancel(request)
-            self._release(request.ranges)
+            self._dispatcher.cancel(request)
             waited = self._loop.time() - request.admitted_at
             self.metrics.failed(model_index(request.sink.header.model), Failure.CANCELED, waited)
+            self._release(request.ranges, 1)
 
-    def _slots_for(self, header: InferHeader) -> Ranges:
-        store = self.store
-        ranges = store.allocator.take(header.rows)
-        if ranges is not None:
-            return ranges
-        index = model_index(header.model)
-        self.metrics.failed(index, Failure.REJECTED)
-        slots = store.layout.slots
-        if header.rows > slots:
-            raise RequestError(413, f"{header.rows} rows are over the {slots} that the queue holds: send fewer at once")
-        raise RequestError(503, f"the queue is full ({store.used_rows} of {slots} rows): try again", RETRY_AFTER_S)
+    def leave(self) -> None:
+        """No more requests will come; the engine hears when the last one is answered."""
+        self.leaving = True
+        if not self.in_flight:
+            self.engine.ended()
 
-    # -- what links tell ------------------------------------------------------------------------------------------
+    def _no_room(self, header: InferHeader) -> RequestError:
+        self.metrics.failed(model_index(header.model), Failure.REJECTED)
+        most = self.max_rows(header.model)
+        if header.rows > most:
+            return RequestError(413, f"{header.rows} rows are over the {most} that the queue holds: send fewer at once")
+        full = f"({self._store.used_rows} of {self._store.allocator.capacity} rows)"
+        return RequestError(503, f"the queue is full {full}: try again", RETRY_AFTER_S)
 
-    def worker_state(self, state: wire.State) -> None:
-        """A worker says what it can run."""
-        self._finished += self.dispatcher.update(state)
+    # -- what the engine tells ------------------------------------------------------------------------------------
 
-    def worker_result(self, result: wire.Result, outputs: Sequence[Array]) -> None:
-        """A batch is answered: keep its outputs."""
-        batch = self.dispatcher.take(result.batch, self._loop.time())
-        if batch is None:
-            return
-        entries = batch.entries
-        if any(entry.request.closed for entry in entries):
-            outputs, ranges = _of_the_living(entries, outputs)
-        else:
-            ranges = batch.ranges
-        if ranges:
-            self.store.keep([one.member for one in batch.instances], ranges, outputs)
-        compute_s = [ns * 1e-9 for ns in result.compute_ns]
-        for instance, seconds in zip(batch.instances, compute_s, strict=True):
-            self.metrics.batch_done(instance.member, batch.rows, batch.waited_s, seconds, len(entries))
-        self._finished += self.dispatcher.settle(batch, compute_s)
+    def batch_done(self, column: int, rows: int, queue_s: float, compute_s: float, requests: int) -> None:
+        """A member has run a batch of `rows` rows with parts of so many requests."""
+        self.metrics.batch_done(self._member[column], rows, queue_s, compute_s, requests)
 
-    def worker_failed(self, failed: wire.Failed) -> None:
-        """A batch could not be run."""
-        batch = self.dispatcher.take(failed.batch, self._loop.time())
-        if batch is None:
-            return
-        if failed.code in (wire.FailureCode.UNKNOWN_INSTANCE, wire.FailureCode.DEVICE_LOST):
-            # The worker's State, or the end of its link, follows.
-            self._finished += self.dispatcher.retry(batch, blame=failed.code is wire.FailureCode.DEVICE_LOST)
-            return
-        if len(batch.instances) == 1:
-            # One of several is not said to have failed before it has failed alone.
-            self.metrics.failed(batch.instances[0].member + 1, Failure.BACKEND)
-        self._finished += self.dispatcher.fail(batch, failed.text)
+    def batch_failed(self, column: int) -> None:
+        """A member has failed on a batch."""
+        self.metrics.failed(self._member[column] + 1, Failure.BACKEND)
 
-    def worker_lost(self, worker: str, reason: str) -> None:  # noqa: ARG002  # the link logs the reason
-        """A worker is gone: its rows go elsewhere."""
-        self._finished += self.dispatcher.lost(worker)
-
-    def settled(self) -> None:
-        """Links have told everything there was: go on."""
-        self._turn()
-
-    # -- turns ----------------------------------------------------------------------------------------------------
-
-    def _turn(self) -> None:
-        """Give open lanes their next batches, then answer what is finished: workers shall not wait for answers."""
-        self._turning = False
-        now = self._loop.time()
-        touched = set()
-        for batch in self.dispatcher.assign(now):
-            link = self.links[batch.lane.worker]
-            link.send(batch)
-            touched.add(link)
-        for link in touched:
-            link.flush()
-        if self._finished:
-            finished, self._finished = self._finished, []
-            self._answer(finished, now)
-        self._set_timer()
-
-    def _set_timer(self) -> None:
-        at = self.dispatcher.next_at()
-        if at is None or at >= self._timer_at:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = at
-        self._timer = self._loop.call_at(at, self._on_time)
-
-    def _on_time(self) -> None:
-        self._timer, self._timer_at = None, math.inf
-        self._finished += self.dispatcher.expire(self._loop.time())
-        self._turn()
-
-    def _check_overdue(self) -> None:
-        for worker in self.dispatcher.overdue(self._loop.time()):
-            self.links[worker].reset("a batch takes far longer than expected")
-        self._watch = self._loop.call_later(OVERDUE_CHECK_S, self._check_overdue)
-
-    # -- answers --------------------------------------------------------------------------------------------------
-
-    def _answer(self, finished: list[Request], now: float) -> None:
-        groups: dict[int | None, list[Request]] = {}
-        for request in finished:
-            if request.failure is not None:
-                self._refuse(request, now)
-            elif request.done == request.wanted and not request.sink.header.members:
-                groups.setdefault(request.sink.header.model.member, []).append(request)
-            else:
-                self._answer_in_full(request, now)
-        for member, requests in groups.items():
-            self._answer_together(member, requests, now)
-
-    def _answer_together(self, member: int | None, requests: list[Request], now: float) -> None:
-        """Answer requests that all their members have answered: combined as one batch."""
+    def answer_together(self, requests: list[Request], now: float) -> None:
+        """Answer requests for one model that all their members have answered: combined as one batch."""
+        member = requests[0].sink.header.model.member
         ranges = [one for request in requests for one in request.ranges]
         outputs = self._answers.outputs(member, ranges)
         # Outputs may be views of these slots: nobody gets the slots before this turn has ended.
-        self._release(ranges)
+        self._release(ranges, len(requests))
         index = ENSEMBLE if member is None else member + 1
         at = 0
         for request in requests:
@@ -273,56 +184,55 @@ class Pipeline:
             request.sink.answered([output[at:end] for output in outputs])
             at = end
 
-    def _answer_in_full(self, request: Request, now: float) -> None:
+    def answer_in_full(self, request: Request, now: float) -> None:
+        """Answer a request by those members that have answered it, and say which."""
         answer = self._answers.in_full(request)
-        self._release(request.ranges)
+        self._release(request.ranges, 1)
         self.metrics.request_done(model_index(request.sink.header.model), request.rows, now - request.admitted_at)
         if answer.missing:
-            self.metrics.answered_by_quorum(bits(request.wanted & ~request.done))
+            missing = request.wanted & ~request.done
+            self.metrics.answered_by_quorum([i for i, column in enumerate(self.columns) if missing >> column & 1])
         request.sink.answered_in_full(answer)
 
-    def _refuse(self, request: Request, now: float) -> None:
+    def refuse(self, request: Request, now: float) -> None:
+        """Answer a request that has failed."""
         failure = request.failure
         if failure is None:
             raise AssertionError("only failed requests are refused")
-        self._release(request.ranges)
+        self._release(request.ranges, 1)
         reason = _REASONS.get(failure.status, Failure.OTHER)
         self.metrics.failed(model_index(request.sink.header.model), reason, now - request.admitted_at)
         retry_after_s = RETRY_AFTER_S if failure.status == 503 else 0
         request.sink.refused(RequestError(failure.status, failure.message, retry_after_s))
 
-    def _release(self, ranges: Sequence[tuple[int, int]]) -> None:
-        self.store.allocator.give(ranges)
-        for link in self._links:
-            link.forget(ranges)
+    def refuse_at_end(self, request: Request) -> None:
+        """Refuse a request because the gateway stops."""
+        self._release(request.ranges, 1)
+        request.sink.refused(RequestError(503, "the gateway is stopping", RETRY_AFTER_S))
+
+    def _release(self, ranges: Sequence[tuple[int, int]] | Ranges, requests: int) -> None:
+        self.engine.release(ranges)
+        self.in_flight -= requests
+        if self.leaving and not self.in_flight:
+            self.engine.ended()
+
+    # -- figures --------------------------------------------------------------------------------------------------
 
     def _pending(self, index: int) -> int:
         if index == ENSEMBLE:
-            return sum(1 for _ in self.dispatcher.deadlines)
-        return self.dispatcher.waiting_entries(index - 1)
+            return sum(1 for _ in self._dispatcher.deadlines)
+        return self._dispatcher.waiting_entries(self.columns[index - 1])
 
     def _gauges(self) -> Gauges:
+        engine = self.engine
         return Gauges(
-            store_rows=lambda: self.store.used_rows,
-            store_bytes=lambda: self.store.used_rows * self.store.bytes_per_row,
-            store_capacity_bytes=lambda: self.store.layout.slots * self.store.bytes_per_row,
+            store_rows=lambda: engine.store.used_rows,
+            store_bytes=lambda: engine.used_bytes,
+            store_capacity_bytes=lambda: engine.store.allocator.capacity * engine.bytes_per_row,
             pending_requests=self._pending,
-            live_instances=lambda index: sum(1 for _, i in self.dispatcher.instances() if i.member == index),
+            live_instances=lambda index: engine.dispatcher.hosts(self.columns[index]),
         )
 
 
 def _bytes_of(array: Array) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _of_the_living(entries: Sequence[Entry], outputs: Sequence[Array]) -> tuple[list[Array], list[tuple[int, int]]]:
-    """The outputs and slots of a batch without the rows of requests that are finished already."""
-    keep: list[bool] = []
-    ranges: list[tuple[int, int]] = []
-    for entry in entries:
-        alive = not entry.request.closed
-        keep += [alive] * entry.rows
-        if alive:
-            ranges.append((entry.start, entry.rows))
-    mask = np.array(keep)
-    return [output[:, mask] for output in outputs], ranges

@@ -94,6 +94,10 @@ class Lanes:
         self._reserved: list[Lane] = []
         self._parts: dict[int, int] = {}
 
+    def grow(self) -> None:
+        """One more member, without a host."""
+        self.hosts.append(Hosts())
+
     # -- lanes come, go, start and finish -------------------------------------------------------------------------
 
     def replace(self, worker: str, lanes: list[Lane]) -> list[Lane]:

@@ -23,19 +23,25 @@ class Failure(NamedTuple):
 
 
 class Request:
-    """A request in flight. `wanted`, `done` and `failed` are sets of members as bits; `sink` belongs to the caller."""
+    """A request in flight. `wanted`, `done` and `failed` are sets of members as bits.
+
+    `sink` and `owner` belong to the caller.
+    """
 
     __slots__ = (
-        "admitted_at", "causes", "closed", "done", "failed", "failure",
-        "left", "quorum", "ranges", "rows", "seq", "sink", "tick", "wanted",
+        "admitted_at", "causes", "closed", "done", "failed", "failure", "left",
+        "owner", "quorum", "ranges", "rows", "seq", "sink", "tick", "wanted",
     )  # fmt: skip
 
-    def __init__(self, rows: int, ranges: tuple[tuple[int, int], ...], wanted: int, quorum: int, sink: Any) -> None:
+    def __init__(
+        self, rows: int, ranges: tuple[tuple[int, int], ...], wanted: int, quorum: int, sink: Any, owner: Any = None
+    ) -> None:
         self.rows = rows
         self.ranges = ranges
         self.wanted = wanted
         self.quorum = quorum
         self.sink = sink
+        self.owner = owner
         self.done = 0
         self.failed = 0
         self.closed = False
@@ -62,7 +68,9 @@ class Entry(NamedTuple):
 
 
 class Queues:
-    """One queue of entries a member; requests for every member are handed to all of them at once, as late as possible.
+    """One queue of entries a member; requests for everyone are handed to all of them at once, as late as possible.
+
+    Everyone is all members at first, and then those of the plan that most requests are for.
 
     `waiting` counts rows by member, `members` is the set of members for which any wait, as bits; both may count rows of
     finished requests that were not swept out yet.
@@ -73,10 +81,21 @@ class Queues:
         self.members = 0
         self._queues: list[deque[Entry]] = [deque() for _ in range(members)]
         self._everyone = (1 << members) - 1
+        self._all = list(range(members))
         self._fresh: list[Entry] = []
         self._fresh_rows = 0
         self._stale = 0
         self._alone = 0
+
+    def grow(self) -> None:
+        """One more member, whom no request wants yet."""
+        self.waiting.append(0)
+        self._queues.append(deque())
+
+    def set_everyone(self, members: int) -> None:
+        """Most requests want these members from now on."""
+        self.spread()
+        self._everyone, self._all = members, bits(members)
 
     def add(self, request: Request) -> None:
         """Queue a request's rows for every member that it wants."""
@@ -97,10 +116,10 @@ class Queues:
         if not self._fresh:
             return
         rows, waiting = self._fresh_rows, self.waiting
-        for member, queue in enumerate(self._queues):
-            queue.extend(self._fresh)
+        for member in self._all:
+            self._queues[member].extend(self._fresh)
             waiting[member] += rows
-        self.members = self._everyone
+        self.members |= self._everyone
         self._fresh, self._fresh_rows = [], 0
 
     def put_back(self, member: int, entries: Sequence[Entry]) -> None:
@@ -165,7 +184,8 @@ class Queues:
 
     def entries(self, member: int) -> int:
         """How many entries wait for a member."""
-        return sum(1 for entry in self._queues[member] if not entry.request.closed) + len(self._fresh)
+        fresh = len(self._fresh) if self._everyone >> member & 1 else 0
+        return sum(1 for entry in self._queues[member] if not entry.request.closed) + fresh
 
     def forget(self, request: Request) -> None:
         """A request was finished before all its rows were answered: what is left of it becomes stale."""

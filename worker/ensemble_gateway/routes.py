@@ -7,9 +7,11 @@ Most inferences never come here: the edge answers them at protocol level, and ha
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.metadata
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Protocol
 
 import msgspec
@@ -19,12 +21,10 @@ from ensemble_contract.plan import GatewayPlan
 from ensemble_gateway import description, v2
 from ensemble_gateway.exposition import CONTENT_TYPE, exposition
 from ensemble_gateway.metrics import Metrics, model_index
+from ensemble_gateway.offloop import OFF_LOOP_BYTES, is_large, off_loop_if
 from ensemble_gateway.request import Answer, InferHeader, Model, RequestError
 from ensemble_gateway.served import find_model
 from ensemble_gateway.statistics_v2 import model_statistics
-
-OFF_LOOP_BYTES = 64 << 10
-"""Larger answers are compressed in a thread: the event loop has other requests to answer."""
 
 LINGER_S = 2.0
 """How long the rest of a refused body is read and dropped, so that its sender gets to read the answer."""
@@ -64,17 +64,20 @@ class Pipeline(Protocol):
     def max_rows(self, model: Model, /) -> int:
         """The most rows that one request for `model` can have."""
 
-    async def infer(self, header: InferHeader, binary: memoryview, /) -> Answer:
-        """The answer to one request; cancelled when the client leaves.
+    def infer(self, header: InferHeader, binary: memoryview, /) -> Awaitable[Answer]:
+        """The answer to one request, whose rows are taken at once; cancelled when the client leaves.
 
-        Raises RequestError.
+        Raises RequestError, now or when it is awaited.
         """
 
 
-def make_app(pipeline: Callable[[], Pipeline], *, max_body_bytes: int) -> web.Application:
-    """The application over the pipeline that serves now; it refuses bodies over `max_body_bytes`, compressed or not."""
+def make_app(pipeline: Callable[[], Pipeline], *, max_body_bytes: Callable[[], int]) -> web.Application:
+    """The application over the pipeline that serves now, which raises RequestError while there is none.
+
+    Bodies over `max_body_bytes`, compressed or not, are refused.
+    """
     routes = _Routes(pipeline, max_body_bytes)
-    app = web.Application(client_max_size=max_body_bytes, middlewares=[_errors_as_v2])
+    app = web.Application(middlewares=[_errors_as_v2])
     app.add_routes([web.get(path, routes.server) for path in ("/v2", "/v2/")])
     app.router.add_get("/v2/health/live", routes.live)
     app.router.add_get("/v2/health/ready", routes.ready)
@@ -123,7 +126,7 @@ def check_content_type(value: str) -> None:
 class _Routes:
     """The handlers. Each asks for the pipeline once: a new plan may replace it while a body comes."""
 
-    def __init__(self, pipeline: Callable[[], Pipeline], max_body_bytes: int) -> None:
+    def __init__(self, pipeline: Callable[[], Pipeline], max_body_bytes: Callable[[], int]) -> None:
         self._pipeline = pipeline
         self._max_body_bytes = max_body_bytes
         self._version = _version()
@@ -133,10 +136,11 @@ class _Routes:
 
     async def ready(self, _request: web.Request) -> web.Response:
         if not self._pipeline().ready:
-            raise RequestError(503, "not ready: a member has had no live instance yet, or the server is shutting down")
+            raise RequestError(503, "not ready: too few members have been live yet, or the server is shutting down")
         return web.Response()
 
     async def server(self, _request: web.Request) -> web.Response:
+        self._pipeline()
         return _json(description.server_metadata(self._version))
 
     async def metadata(self, request: web.Request) -> web.Response:
@@ -187,13 +191,9 @@ class _Routes:
 
     async def infer(self, request: web.Request) -> web.Response:
         self._check_infer(request)
-        body = await self._body(request, self._pipeline().plan.timeout_s)
-        body = await self._decompressed(body, request.headers.get("Content-Encoding", ""))
-        pipeline = self._pipeline()
-        model = _model(pipeline, request)
-        text, binary = v2.split_body(body, request.headers.get("Inference-Header-Content-Length"))
-        header = v2.parse_header(model, text, len(binary), max_rows=pipeline.max_rows(model))
-        encoded = v2.encode_answer(header, await pipeline.infer(header, binary))
+        header, waiting = await self._submitted(request)
+        answer = await waiting
+        encoded = await off_loop_if(is_large(header, answer), v2.encode_answer, header, answer)
         headers = {"Content-Type": "application/json"}
         if encoded.header_length is not None:
             headers = {
@@ -206,32 +206,47 @@ class _Routes:
             headers["Content-Encoding"] = encoding
         return web.Response(body=payload, headers=headers)
 
+    async def _submitted(self, request: web.Request) -> tuple[InferHeader, Awaitable[Answer]]:
+        """What was asked, without its rows, and the answer to come: the body is not kept while it is awaited."""
+        body = await self._body(request, self._pipeline().plan.timeout_s)
+        body = await self._decompressed(body, request.headers.get("Content-Encoding", ""))
+        pipeline = self._pipeline()
+        model = _model(pipeline, request)
+        text, binary = v2.split_body(body, request.headers.get("Inference-Header-Content-Length"))
+        parse = functools.partial(v2.parse_header, max_rows=pipeline.max_rows(model))
+        header = await off_loop_if(len(text) > OFF_LOOP_BYTES, parse, model, text, len(binary))
+        return replace(header, inputs=()), pipeline.infer(header, binary)
+
     def _check_infer(self, request: web.Request) -> None:
         """Refuse what can be refused before the body has come."""
         _model(self._pipeline(), request)
         check_content_type(request.headers.get("Content-Type", ""))
-        if request.content_length is not None and request.content_length > self._max_body_bytes:
+        if request.content_length is not None and request.content_length > self._max_body_bytes():
             raise self._too_large(f"of {request.content_length} bytes")
 
     async def _body(self, request: web.Request, timeout_s: float) -> bytes:
         try:
             async with asyncio.timeout(timeout_s):
-                return await request.read()
+                # aiohttp's own `read` would keep the body with the request.
+                body = bytearray()
+                async for part in request.content.iter_any():
+                    body += part
+                    if len(body) > self._max_body_bytes():
+                        raise self._too_large("sent in chunks")
+                return bytes(body)
         except TimeoutError:
             raise RequestError(408, f"the body did not arrive within {timeout_s:g} s") from None
-        except web.HTTPRequestEntityTooLarge:
-            raise self._too_large("sent in chunks") from None
 
     def _too_large(self, what: str) -> RequestError:
         return RequestError(
-            413, f"a body {what} is over the limit of {self._max_body_bytes} bytes: send fewer rows at once"
+            413, f"a body {what} is over the limit of {self._max_body_bytes()} bytes: send fewer rows at once"
         )
 
     async def _decompressed(self, body: bytes, encoding: str) -> bytes:
         if not encoding:
             return body
         # The compressed size says little about the work: a thread, always.
-        return await asyncio.to_thread(v2.decompress, body, encoding, self._max_body_bytes)
+        return await asyncio.to_thread(v2.decompress, body, encoding, self._max_body_bytes())
 
 
 def _model(pipeline: Pipeline, request: web.Request) -> Model:
@@ -258,9 +273,7 @@ def _index_wish(body: bytes) -> _IndexWish:
 
 
 async def _compressed(body: bytes, accept_encoding: str) -> tuple[bytes, str | None]:
-    if len(body) > OFF_LOOP_BYTES:
-        return await asyncio.to_thread(v2.compress, body, accept_encoding)
-    return v2.compress(body, accept_encoding)
+    return await off_loop_if(len(body) > OFF_LOOP_BYTES, v2.compress, body, accept_encoding)
 
 
 @web.middleware

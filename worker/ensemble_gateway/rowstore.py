@@ -2,34 +2,46 @@
 
 Decides which slots a request gets; touches memory, but no socket. Slots are freed in any order, and are given out low
 before high so that an idle store stays small. Outputs lie in columns, one a member, so that the outputs of all members
-for a range of rows are one strided block, ready to be combined.
+for a range of rows are one strided block, ready to be combined. There is address space for more columns than one plan
+has, for those of the next; memory is taken when it is touched, and given back with the column.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from ensemble_contract.layout import StoreLayout
+from ensemble_contract.layout import StoreLayout, aligned
 from ensemble_contract.tensors import TensorSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Ranges = tuple[tuple[int, int], ...]
 
+# Linux's number, which Python 3.11 does not name: address space that is not counted as memory before it is touched.
+_MAP_NORESERVE = 0x4000
+_LAZY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+
 # Runs of at least this many free slots are kept for bulk requests; single rows prefer what lies between.
 LONG_RUN = 64
 # So many long runs are looked at for one that holds a whole request.
 LOOK_AT = 16
+CACHED_CHOICES = 1024
 
 
 class SlotAllocator:
-    """Free slots as runs that merge with their neighbours; pure bookkeeping, O(1) for a run."""
+    """Free slots as runs that merge with their neighbours; pure bookkeeping, O(1) for a run.
+
+    No more than `capacity` slots are given out at a time; `free_slots` counts what is left of them.
+    """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
+        self.capacity = slots
         self.free_slots = slots
         self._by_end: dict[int, int] = {slots: 0}
         self._long: dict[int, int] = {0: slots}
@@ -70,6 +82,12 @@ class SlotAllocator:
                 end += after
             self._insert(start, end - start)
 
+    def limit(self, capacity: int) -> None:
+        """Give out so many slots at most; where more are taken already, none until enough of them are free again."""
+        capacity = min(capacity, self.slots)
+        self.free_slots += capacity - self.capacity
+        self.capacity = capacity
+
     def _take_one(self) -> tuple[int, int]:
         runs = self._short or self._long
         start = next(reversed(runs))
@@ -103,7 +121,7 @@ class SlotAllocator:
 
 
 class RowStore:
-    """Rows of requests in flight: inputs over the given memory, outputs in private, lazily touched columns."""
+    """Rows of requests in flight: inputs over the given memory, outputs in `columns` columns of our own."""
 
     def __init__(self, layout: StoreLayout, memory: memoryview, outputs: Sequence[TensorSpec], columns: int) -> None:
         self.layout = layout
@@ -113,13 +131,21 @@ class RowStore:
         self._offsets = layout.offsets
         self.output_specs = tuple(outputs)
         self._row_bytes = tuple(spec.row_bytes for spec in layout.inputs)
-        self.outputs = [np.empty((columns, layout.slots, *spec.shape), spec.dtype) for spec in outputs]
-        self.bytes_per_row = sum(self._row_bytes) + columns * sum(spec.row_bytes for spec in outputs)
+        sizes = [columns * layout.slots * spec.row_bytes for spec in outputs]
+        self._kept = [mmap.mmap(-1, size, _LAZY) for size in sizes]
+        self.outputs = [
+            np.frombuffer(kept, spec.dtype).reshape(columns, layout.slots, *spec.shape)
+            for kept, spec in zip(self._kept, outputs, strict=True)
+        ]
 
     @property
     def used_rows(self) -> int:
         """Rows admitted and not yet freed."""
-        return self.layout.slots - self.allocator.free_slots
+        return self.allocator.capacity - self.allocator.free_slots
+
+    def bytes_per_row(self, columns: int) -> int:
+        """What a row takes with the outputs of so many columns."""
+        return sum(self._row_bytes) + columns * sum(spec.row_bytes for spec in self.output_specs)
 
     def write(self, ranges: Ranges, inputs: Sequence[memoryview]) -> None:
         """Copy a request's rows, one contiguous buffer an input, into its ranges."""
@@ -150,14 +176,31 @@ class RowStore:
 
     def stack(self, output: int, columns: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Array:
         """What these columns hold for the rows in `ranges`: an array of shape (columns, rows, *shape), maybe a view."""
-        kept = self.outputs[output]
-        everything = len(columns) == len(kept) and all(at == column for at, column in enumerate(columns))
+        kept, chosen = self.outputs[output], _chosen(tuple(columns))
         if len(ranges) == 1:
             start, count = ranges[0]
-            block = kept[:, start : start + count]
-            return block if everything else block[list(columns)]
+            return kept[chosen, start : start + count]
         where = slots_of(ranges)
-        return kept[:, where] if everything else kept[np.array(columns)[:, None], where]
+        return kept[chosen, where] if isinstance(chosen, slice) else kept[chosen[:, None], where]
+
+    def give_back(self, columns: Iterable[int]) -> None:
+        """Nobody needs what these columns hold: their memory is free."""
+        for kept, outputs in zip(self._kept, self.outputs, strict=True):
+            size = outputs[0].nbytes
+            for column in columns:
+                start = aligned(column * size, mmap.PAGESIZE)
+                end = (column + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE
+                if end > start:
+                    kept.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+@lru_cache(maxsize=CACHED_CHOICES)
+def _chosen(columns: tuple[int, ...]) -> slice | np.ndarray[Any, np.dtype[np.int64]]:
+    """What selects these columns; a slice, and so without a copy, where they lie side by side in order."""
+    first = columns[0]
+    if columns == tuple(range(first, first + len(columns))):
+        return slice(first, first + len(columns))
+    return np.array(columns, np.int64)
 
 
 def slots_of(ranges: Sequence[tuple[int, int]]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -33,8 +33,11 @@ class LinkOwner(Protocol):
     def worker_failed(self, failed: Failed) -> None:
         """A batch could not be run."""
 
-    def worker_lost(self, worker: str, reason: str) -> None:
-        """A worker that had told its State is gone; the link has logged why, and goes on trying to reach it."""
+    def worker_lost(self, worker: str, reason: str, *, blame: bool) -> None:
+        """A worker that had told its State is gone; the link has logged why, and goes on trying to reach it.
+
+        With `blame`, what it was running may be the reason: it has not said goodbye.
+        """
 
     def settled(self) -> None:
         """All messages that were there have been told."""
@@ -79,7 +82,7 @@ class Link(Protocol):
     def forget(self, ranges: Sequence[tuple[int, int]]) -> None:
         """These slots of the store are free again."""
 
-    def reset(self, reason: str) -> None:
+    def reset(self, reason: str, *, blame: bool = True) -> None:
         """Give the connection up and connect anew. The owner is told if the worker was there."""
 
     def close(self) -> None:

@@ -145,7 +145,7 @@ class SharedLink:
         if self._cache is not None:
             self._cache.forget(ranges)
 
-    def reset(self, reason: str) -> None:
+    def reset(self, reason: str, *, blame: bool = True) -> None:
         """Hang up, tell the owner if the worker was there, and connect anew."""
         connected = self.connected
         self._drop()
@@ -153,7 +153,7 @@ class SharedLink:
         if not self._closed and self._retry is None:
             self._retry = self._loop.call_later(RETRY_S if connected else REFUSED_RETRY_S, self.start)
         if connected:
-            self._owner.worker_lost(self.worker, reason)
+            self._owner.worker_lost(self.worker, reason, blame=blame)
             self._owner.settled()
 
     def close(self) -> None:
@@ -234,7 +234,7 @@ class SharedLink:
         if isinstance(message, wire.Bye):
             self._drain()
             if session is self._session:
-                self.reset("it has left" if packet else "its process has ended")
+                self.reset("it has left" if packet else "its process has ended", blame=not packet)
         else:
             self._break(session, ProtocolError(f"a {type(message).__name__} beside the ring"))
 

@@ -1,8 +1,9 @@
 """The link to a worker in another pod: a DEALER to the worker's ROUTER, by IP address, with CURVE where keys are given.
 
-libzmq resolves names in its I/O thread and stalls every socket on a bad answer, so names are resolved here, off the
-event loop, on every (re)connection. The socket's descriptor is edge-triggered: after every receive and send its events
-are looked at again (ZeroMQ guide, chapter "Sockets and Patterns"; `ZMQ_FD` in zmq_getsockopt(3)).
+libzmq resolves names in its I/O thread and stalls every socket on a bad answer, so names are resolved by `resolver` on
+every (re)connection; of several addresses each is tried in turn. The socket's descriptor is edge-triggered: after every
+receive and send its events are looked at again (ZeroMQ guide, chapter "Sockets and Patterns"; `ZMQ_FD` in
+zmq_getsockopt(3)).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import logging
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 import zmq
@@ -26,6 +27,7 @@ from ensemble_contract.tensors import rows_of
 from ensemble_gateway.batches import Batch
 from ensemble_gateway.links import HEARTBEAT_S, SILENCE_S, LinkOwner, check_state, check_times
 from ensemble_gateway.links.cache import CacheMap, Slots, freed_ranges
+from ensemble_gateway.links.resolver import Resolver
 from ensemble_gateway.rowstore import RowStore
 
 _LOG = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class ZeroMQLink:
 
     def __init__(
         self, worker: WorkerAddress, store: RowStore, gateway: str, owner: LinkOwner,
-        context: zmq.Context[zmq.Socket[bytes]], keys: KeyFiles | None = None,
+        context: zmq.Context[zmq.Socket[bytes]], resolver: Resolver, keys: Callable[[], KeyFiles | None],
     ) -> None:  # fmt: skip
         self.worker = worker.name
         self.connected = False
@@ -54,7 +56,10 @@ class ZeroMQLink:
         self._gateway = gateway
         self._owner = owner
         self._context = context
+        self._resolver = resolver
         self._keys = keys
+        self._attempts = 0
+        self._trouble = ""
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self._socket: zmq.Socket[bytes] | None = None
@@ -88,21 +93,27 @@ class ZeroMQLink:
         if self._cache is not None:
             self._cache.forget(ranges)
 
-    def reset(self, reason: str) -> None:
+    def reset(self, reason: str, *, blame: bool = True) -> None:
         """Drop the socket, tell the owner if the worker was there, and connect anew."""
         connected = self.connected
         self._drop()
-        _LOG.warning("worker %s %s: %s", self.worker, "is lost" if connected else "cannot be used", reason)
+        self._warn(f"{'is lost' if connected else 'cannot be used'}: {reason}")
         if not self._closed:
             self._beat = self._loop.call_later(RECONNECT_S, self.start)
         if connected:
-            self._owner.worker_lost(self.worker, reason)
+            self._owner.worker_lost(self.worker, reason, blame=blame)
             self._owner.settled()
 
     def close(self) -> None:
         """Say goodbye and release the socket."""
         self._closed = True
         self._drop()
+
+    def _warn(self, trouble: str) -> None:
+        """Log what is wrong, once: a worker that is away is tried every second."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            _LOG.warning("worker %s %s", self.worker, trouble)
 
     def _send(self, sock: zmq.Socket[bytes], cache: CacheMap, batch: Batch) -> bool:
         """Send a batch; False, and nothing is sent, while rows on their way fill the worker's cache."""
@@ -130,16 +141,17 @@ class ZeroMQLink:
     async def _connect(self) -> None:
         host, port = self._address.hostname or "", self._address.port or 0
         try:
-            found = await self._loop.getaddrinfo(host, port, type=1)
+            found = await self._resolver.resolve(host)
         except (OSError, UnicodeError) as error:
-            _LOG.warning("worker %s: its name %s cannot be resolved: %s", self.worker, host, error)
+            self._warn(f"cannot be used: its name {host} cannot be resolved: {error}")
             if not self._closed:
                 self._beat = self._loop.call_later(RECONNECT_S, self.start)
             return
         if self._closed:
             return
-        ip = found[0][4][0]
-        self._open(f"tcp://[{ip}]:{port}" if ":" in str(ip) else f"tcp://{ip}:{port}")
+        ip = found[self._attempts % len(found)]
+        self._attempts += 1
+        self._open(f"tcp://[{ip}]:{port}" if ":" in ip else f"tcp://{ip}:{port}")
 
     def _open(self, endpoint: str) -> None:
         sock: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
@@ -149,11 +161,12 @@ class ZeroMQLink:
         # A new identity for every connection: what a former one still had under way cannot be mistaken.
         sock.identity = f"{self._gateway}/{uuid.uuid4().hex[:12]}".encode()
         # All members' rows of one output may come in one frame.
-        largest = max(output.nbytes for output in self._store.outputs)
+        largest = wire.MAX_INSTANCES * self._store.layout.slots * max(spec.row_bytes for spec in self._outputs)
         sock.setsockopt(zmq.MAXMSGSIZE, min(wire.MAX_FRAME_BYTES + largest, (1 << 63) - 1))
-        if self._keys is not None:
-            sock.curve_publickey, sock.curve_secretkey = self._keys.own_public, self._keys.own_secret
-            sock.curve_serverkey = self._keys.peer_public
+        keys = self._keys()
+        if keys is not None:
+            sock.curve_publickey, sock.curve_secretkey = keys.own_public, keys.own_secret
+            sock.curve_serverkey = keys.peer_public
         self._monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED | _REFUSED)
         sock.connect(endpoint)
         self._socket = sock
@@ -226,7 +239,7 @@ class ZeroMQLink:
             case wire.State():
                 self._learn(message)
             case wire.Bye():
-                self.reset("it has left, or does not know this gateway")
+                self.reset("it has left, or does not know this gateway", blame=False)
             case wire.Result() | wire.Failed():
                 self._answered(message, frames[1:])
             case _:
@@ -237,6 +250,7 @@ class ZeroMQLink:
             raise ProtocolError("a State without room for rows")
         check_state(state, self.worker, self._cache_rows if self.connected else None)
         self.connected = True
+        self._attempts, self._trouble = 0, ""
         if self._cache is None:
             self._cache_rows = state.cache_rows
             self._cache = CacheMap(self._store.layout.slots, state.cache_rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,7 +26,7 @@ class _OutputHead(msgspec.Struct, omit_defaults=True):
     datatype: str
     shape: tuple[int, ...]
     parameters: dict[str, int] | None = None
-    data: list[Any] | None = None
+    data: msgspec.Raw | list[str] | None = None
 
 
 class _AnswerHead(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,7 +20,9 @@ _SPACE = b" \t\r\n"
 _NUMBER_BYTES = b"0123456789.eE+-" + _SPACE
 _BOOL_BYTES = b"truefals" + _SPACE
 _CHUNK_BYTES = 1 << 17
+_CHUNK_ELEMENTS = 1 << 14
 
+_ENCODER = msgspec.json.Encoder()
 _FLOATS = msgspec.json.Decoder(list[float])
 _INTEGERS = msgspec.json.Decoder(list[int])
 _BOOLS = msgspec.json.Decoder(list[bool])
@@ -48,8 +49,8 @@ def array_of_json(tensor: str, spec: TensorSpec, shape: tuple[int, ...], data: m
     return _decode_chunks(tensor, spec, text, elements, nested).reshape(shape)
 
 
-def json_of_array(name: str, datatype: str, array: Array) -> list[Any]:
-    """The elements of `array` as a flat list of JSON's numbers; FP16 and FP32 as their exact doubles, as Triton does.
+def json_of_array(name: str, datatype: str, array: Array) -> msgspec.Raw:
+    """The elements of `array` as a flat JSON array; FP16 and FP32 as their exact doubles, as Triton does.
 
     Raises RequestError (400) for NaN and infinities, which JSON cannot hold.
     """
@@ -57,7 +58,12 @@ def json_of_array(name: str, datatype: str, array: Array) -> list[Any]:
         raise RequestError(
             400, f"output {name!r} holds NaN or Infinity, which have no JSON form: request it with binary_data true"
         )
-    return array.reshape(-1).tolist()
+    flat = array.reshape(-1)
+    # Some at a time, because nothing else in the process runs while they are written.
+    pieces = [_ENCODER.encode(flat[at : at + _CHUNK_ELEMENTS].tolist()) for at in range(0, len(flat), _CHUNK_ELEMENTS)]
+    if len(pieces) == 1:
+        return msgspec.Raw(pieces[0])
+    return msgspec.Raw(b"[" + b",".join([piece[1:-1] for piece in pieces]) + b"]")
 
 
 def _decode_chunks(tensor: str, spec: TensorSpec, text: bytes, elements: int, nested: bool) -> Array:
