@@ -72,11 +72,17 @@ def test_what_the_admin_api_tells(worker: Worker) -> None:
     status, text = ask_unix(worker.admin, "GET", "/metrics")
     assert status == 200
     found = {
-        (s.name, s.labels["member"]): s.value for f in text_string_to_metric_families(text.decode()) for s in f.samples
+        (s.name, s.labels.get("member") or s.labels.get("state")): s.value
+        for f in text_string_to_metric_families(text.decode())
+        for s in f.samples
     }
     assert found["ensemble_worker_instance_ready", "times1"] == 1
     assert found["ensemble_worker_instance_ready", "bad"] == 0
     assert found["ensemble_worker_rows_total", "times1"] >= 0
+    assert found["ensemble_worker_instances", "ready"] == 2
+    assert found["ensemble_worker_instances", "failed"] == 1
+    assert found["ensemble_worker_plan_generation", None] == 5
+    assert found["ensemble_worker_held_bytes", None] > 50 << 20
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"generation": 9}', b"\xff" * 100])
@@ -113,7 +119,8 @@ async def test_a_newer_plan_leaves_what_stays_undisturbed(worker: Worker, models
         # What is planned no longer goes, also where another instance has the same file.
         fewer = msgspec.structs.replace(newer, generation=7, instances=newer.instances[:1], members=sources[:1])
         assert put(worker, fewer)[0] == 202
-        assert worker.states() == {"times1": "ready"}
+        assert set(worker.states().items()) - {("twin", "draining"), ("times3", "draining")} == {("times1", "ready")}
+        wait_until(lambda: worker.states() == {"times1": "ready"})
         np.testing.assert_allclose((await client.ask(infer(x))).y(), x, rtol=1e-5)
     async with (
         serving(gateway_plan([worker.address], models, "times1", "times3"), wait=False) as local,
@@ -141,8 +148,9 @@ def test_a_restarted_worker_runs_the_newest_plan_it_had(worker: Worker, tmp_path
     assert "Traceback" not in again.text().replace("cannot be loaded\nTraceback", "")
 
 
-def test_a_member_that_could_not_be_loaded_is_tried_again_with_the_same_plan(
-    models: dict[str, ModelSource], tmp_path: Path
+@pytest.mark.parametrize("pushed", [True, False], ids=["the same plan again", "by itself"])
+def test_a_member_that_could_not_be_fetched_is_tried_again(
+    models: dict[str, ModelSource], tmp_path: Path, pushed: bool
 ) -> None:
     late = tmp_path / "late.pt"
     source = ModelSource("late", "digest-late", f"file:{late}", "torchscript")
@@ -151,8 +159,35 @@ def test_a_member_that_could_not_be_loaded_is_tried_again_with_the_same_plan(
         worker.wait_ready()
         assert worker.states() == {"late": "failed"}
         late.write_bytes(Path(models["times1"].uri.removeprefix("file:")).read_bytes())
-        assert put(worker, worker.plan)[0] == 202
-        wait_until(lambda: worker.states() == {"late": "ready"})
+        if pushed:
+            assert put(worker, worker.plan)[0] == 202
+        wait_until(lambda: worker.states() == {"late": "ready"}, 40)
+        assert json.loads(ask_unix(worker.admin, "GET", "/v1/plan")[1])["instances"][0]["attempts"] == 2
+    finally:
+        worker.end()
+
+
+def test_what_cannot_pass_is_tried_again_only_when_it_is_asked_for(
+    models: dict[str, ModelSource], tmp_path: Path
+) -> None:
+    """A file with another hash would be fetched again and again for nothing."""
+    good = msgspec.structs.replace(models["times1"], name="good", digest="g")
+    bad = msgspec.structs.replace(models["times1"], name="bad", digest="b", sha256="0" * 64)
+    worker = Worker(tmp_path, worker_plan("solo", {"bad": bad}, ["bad"]))
+
+    def attempts() -> dict[str, int]:
+        shown = json.loads(ask_unix(worker.admin, "GET", "/v1/plan")[1])["instances"]
+        return {one["member"]: one["attempts"] for one in shown if one["state"] in ("ready", "failed")}
+
+    try:
+        worker.wait_ready()
+        newer = worker_plan("solo", {"bad": bad, "good": good}, ["bad", "good"])
+        newer = msgspec.structs.replace(newer, generation=2)
+        assert put(worker, newer)[0] == 202
+        wait_until(lambda: attempts() == {"bad": 1, "good": 1})
+        assert put(worker, newer)[0] == 202
+        wait_until(lambda: attempts() == {"bad": 2, "good": 1})
+        assert "declared is 0000" in worker.text()
     finally:
         worker.end()
 
@@ -194,7 +229,9 @@ def test_the_admin_api_wants_its_token(
     [
         (["--admin", "unix:/nowhere/a", "--data", "unix:/tmp/d"], 6, "cannot listen"),
         (["--data", "unix:/tmp/d"], 2, "--admin"),
-        (["--device", "cuda-99", "--admin", "unix:/nowhere/a", "--data", "unix:/tmp/d"], 1, "cuda-99"),
+        (["--device", "gpu", "--admin", "unix:/nowhere/a", "--data", "unix:/tmp/d"], 1, "must be cpu-N or cuda-N"),
+        (["--threads", "0", "--admin", "unix:/nowhere/a", "--data", "unix:/tmp/d"], 2, "0 is not above 0"),
+        (["--keys", "/nowhere", "--admin", "unix:/nowhere/a", "--data", "unix:/tmp/d"], 3, "/nowhere/own.public"),
     ],
 )
 def test_what_it_is_started_with_wrongly(arguments: list[str], code: int, message: str) -> None:

@@ -208,7 +208,6 @@ def test_what_one_machine_sets_aside_and_what_waits_for_later_work() -> None:
     ]
     assert not_acted_upon(ensemble) == [
         "spec.planning.evaluate",
-        "spec.rollout",
     ]
 
 

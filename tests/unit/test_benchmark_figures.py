@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from benchmarks import loads, report, serving
+from benchmarks import allocation, loads, report, serving
 from benchmarks.children import Child, ChildFailed
 from benchmarks.colocation import ways
 from benchmarks.loadgen import WindowResult
@@ -150,3 +150,34 @@ def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
         assert "malformed" in str(failed.value)
     finally:
         child.stop()
+
+
+def test_ways_to_plan_are_compared_with_the_baseline_and_with_what_was_predicted() -> None:
+    rates = {
+        "start": (50.0, 60.0),
+        "best batch": (100.0, 100.0),
+        "greedy-paper": (150.0, 190.0),
+        "ours": (210.0, 190.0),
+    }
+    found = [
+        allocation.Measured("digits", way, ((1,),), windows, predicted=1.1 * sum(windows) / 2, networks_alone=999.0)
+        for way, windows in rates.items()
+    ]
+    table = allocation.live_table(found)
+    assert "| digits | ours | 200.0 | 190.0 to 210.0 | 2.00 | 220.0 | 10% | 999.0 |" in table
+    assert "median error 10%, which is within" in table
+    off = [allocation.Measured("digits", "best batch", ((1,),), (100.0,), 150.0, 150.0)]
+    assert "median error 50%, which MISSES the aim of 15%" in allocation.live_table(off)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--ensembles", "huge"], "'huge' is not one of"), (["--rounds", "0"], "at least 1"), (["--only", "x"], "live")],
+)
+def test_a_wrong_question_about_allocations_says_what_is_right(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        allocation.parse(arguments)
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err

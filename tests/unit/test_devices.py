@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from ensemble_worker import devices
-from ensemble_worker.devices import Device, cgroup_limits, partition, visible_gpus
+from ensemble_worker.devices import Device, cgroup_limits, discover, partition, visible_gpus
 from ensemble_worker.errors import DeviceUnavailable
 
 
@@ -122,3 +123,60 @@ def test_the_command_refuses_nonsense() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "must be in 1.." in done.stderr
+
+
+class _Nvml:
+    """A driver that shows one GPU in MIG mode with three places, of which this container may use the second and third.
+
+    Handles are UUIDs.
+    """
+
+    NVMLError = RuntimeError
+    NVML_DEVICE_MIG_ENABLE = 1
+
+    def __init__(self, mig: bool) -> None:
+        self.mig = mig
+
+    def __getattr__(self, name: str) -> object:
+        answers = {
+            "nvmlInit": lambda: None,
+            "nvmlShutdown": lambda: None,
+            "nvmlDeviceGetCount": lambda: 1,
+            "nvmlDeviceGetHandleByIndex": lambda _: "GPU-a",
+            "nvmlDeviceGetMigMode": lambda _: (int(self.mig), 0),
+            "nvmlDeviceGetMaxMigDeviceCount": lambda _: 3,
+            "nvmlDeviceGetMigDeviceHandleByIndex": self._part,
+            "nvmlDeviceGetName": lambda handle: "A100 MIG 1g.5gb" if handle.startswith("MIG") else "A100",
+            "nvmlDeviceGetUUID": lambda handle: handle,
+            "nvmlDeviceGetMemoryInfo": self._memory,
+        }
+        return answers[name]
+
+    def _part(self, _handle: str, place: int) -> str:
+        if place == 0:
+            raise self.NVMLError("not found")
+        return f"MIG-{place}"
+
+    def _memory(self, handle: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(total=(5 if handle.startswith("MIG") else 40) << 30)
+
+
+@pytest.mark.parametrize(
+    ("mig", "visible", "wanted"),
+    [
+        (False, None, [("cuda-0", "A100, 40 GiB", "GPU-a")]),
+        (True, None, [("cuda-0", "A100 MIG 1g.5gb, 5 GiB", "MIG-1")]),
+        (True, "0", [("cuda-0", "A100 MIG 1g.5gb, 5 GiB", "MIG-1")]),
+        (True, "MIG-2", [("cuda-0", "A100 MIG 1g.5gb, 5 GiB", "MIG-2")]),
+        (True, "", []),
+        (True, "MIG-9", []),
+    ],
+)
+def test_a_gpu_in_mig_mode_is_the_one_part_that_cuda_shows(
+    mig: bool, visible: str | None, wanted: list[tuple[str, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", _Nvml(mig))
+    found = discover(environ={} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    shown = [(d.name, d.device_class, d.uuid) for d in found if d.kind == "cuda"]
+    assert shown == wanted
+    assert all(d.capacity_bytes == 5 << 30 for d in found if d.uuid.startswith("MIG"))

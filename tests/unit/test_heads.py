@@ -76,16 +76,24 @@ def test_a_list_of_encodings_is_an_offer_and_no_wish() -> None:
     assert parse(head_text("Content-Length: 5", "Accept-Encoding: gzip, deflate, br")).fast
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        ["Transfer-Encoding: chunked"],
-        ["Content-Length: 5", "Expect: 100-continue"],
-        ["Upgrade: h2c", "Connection: upgrade"],
-    ],
-)
-def test_where_these_end_is_aiohttps_to_find(headers: list[str]) -> None:
-    assert parse(head_text(*headers)).endless
+def test_where_these_end_is_aiohttps_to_find() -> None:
+    assert parse(head_text("Upgrade: h2c", "Connection: upgrade")).endless
+    for codings in (["gzip, chunked"], ["gzip", "chunked"], ["chunked", "chunked"]):
+        head = parse(head_text(*(f"Transfer-Encoding: {coding}" for coding in codings)))
+        assert head.endless or head.refusal
+        assert not head.chunked
+
+
+def test_plain_chunks_tell_their_end() -> None:
+    for expectation in ([], ["Expect: 100-continue"]):
+        head = parse(head_text("Transfer-Encoding: Chunked", *expectation))
+        assert (head.chunked, head.endless, head.fast) == (True, False, False)
+
+
+def test_a_body_that_waits_for_a_word_has_a_known_end() -> None:
+    text = head_text("Content-Length: 5", "Expect: 100-continue")
+    head = parse(text)
+    assert (head.size, head.endless, head.fast) == (len(text) + 5, False, False)
 
 
 @pytest.mark.parametrize(

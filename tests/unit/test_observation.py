@@ -96,20 +96,30 @@ def test_worker_state(report: WorkerReport | None, running: bool, given_up: bool
     assert worker_state(report, running=running, given_up=given_up) == state
 
 
-def counted(rows: int, requests: int, seconds: float) -> GatewayState:
-    return GatewayState(1, True, "http://h:1", rows=rows, requests=requests, request_seconds=seconds)
+BOUNDS = (0.01, 0.02, 0.04)
+
+
+def counted(rows: int, requests: int, *durations: int) -> GatewayState:
+    return GatewayState(
+        *(1, True, "http://h:1"), rows=rows, requests=requests, duration_bounds_s=BOUNDS, duration_counts=durations
+    )
 
 
 @pytest.mark.parametrize(
     ("before", "now", "expected"),
     [
-        (counted(100, 10, 1.0), counted(300, 20, 1.5), Rates(100.0, 0.05)),
-        (counted(100, 10, 1.0), counted(100, 10, 1.0), Rates(0.0, None)),
-        (None, counted(5, 5, 1.0), Rates()),
-        (counted(5, 5, 1.0), None, Rates()),
-        (counted(500, 50, 1.0), counted(3, 1, 0.1), Rates()),
+        (counted(100, 10, 10, 0, 0, 0), counted(300, 20, 10, 5, 5, 0), Rates(100.0, 0.02, 0.0396)),
+        (counted(100, 10, 10, 0, 0, 0), counted(100, 10, 10, 0, 0, 0), Rates(0.0)),
+        (counted(0, 0), counted(4, 4, 4, 0, 0, 0), Rates(2.0, 0.005, 0.0099)),
+        (counted(0, 0, 0, 0, 0, 0), counted(4, 4, 0, 0, 0, 4), Rates(2.0, 0.04, 0.04)),
+        (None, counted(5, 5, 5, 0, 0, 0), Rates()),
+        (counted(5, 5, 5, 0, 0, 0), None, Rates()),
+        (counted(500, 50, 50, 0, 0, 0), counted(3, 1, 1, 0, 0, 0), Rates()),
     ],
-    ids=["traffic", "quiet", "first look", "gateway away", "gateway restarted"],
+    ids=["traffic", "quiet", "no plan before", "off the scale", "first look", "gateway away", "gateway restarted"],
 )
 def test_rates(before: GatewayState | None, now: GatewayState | None, expected: Rates) -> None:
-    assert rates(before, now, 2.0) == expected
+    found = rates(before, now, 2.0)
+    assert found.rows_per_s == expected.rows_per_s
+    assert found.p50_s == pytest.approx(expected.p50_s)
+    assert found.p99_s == pytest.approx(expected.p99_s)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ensemble_contract.errors import InvalidPlan
 from ensemble_contract.plan import (
     MAX_PLAN_BYTES,
+    EnsemblePlan,
     GatewayPlan,
     Instance,
     ModelSource,
@@ -24,6 +25,7 @@ from ensemble_contract.plan import (
     WorkerPlan,
     decode_plan,
     encode_plan,
+    source_of,
 )
 from ensemble_contract.tensors import TensorSpec
 
@@ -68,17 +70,66 @@ GOLDEN_GATEWAY = (
     '"rule":"weightedMean","quorum":1,"labels":{"y":["cat","dog"]},'
     '"timeoutS":30.0,"maxDelayS":0.0,"maxQueueBytes":536870912,"version":"1","hold":false}'
 )
-FORMS: tuple[Any, ...] = (WorkerPlan, GatewayPlan)
+SMALL, BIG = (
+    ModelSource("small", "d1", "file:///m/small.pt2", "torch-export"),
+    ModelSource("big", "d2", "hf://m/big.onnx", "onnx", "sigmoid"),
+)
+# One version of a member replaces another on `gpu-1`, and its batch size changes on `cpu-0`.
+NEWER = msgspec.structs.replace(SMALL, digest="d3")
+ENSEMBLE = EnsemblePlan(GATEWAY, (SMALL, BIG, NEWER), {"cpu-0": ((0, 8), (0, 16)), "gpu-1": ((1, 4), (0, 8), (2, 8))})
+GOLDEN_ENSEMBLE = (
+    f'{{"gateway":{GOLDEN_GATEWAY},"sources":['
+    '{"name":"small","digest":"d1","uri":"file:///m/small.pt2","format":"torch-export",'
+    '"activation":"none","sha256":"","version":"1"},'
+    '{"name":"big","digest":"d2","uri":"hf://m/big.onnx","format":"onnx",'
+    '"activation":"sigmoid","sha256":"","version":"1"},'
+    '{"name":"small","digest":"d3","uri":"file:///m/small.pt2","format":"torch-export",'
+    '"activation":"none","sha256":"","version":"1"}],'
+    '"rows":{"cpu-0":[[0,8],[0,16]],"gpu-1":[[1,4],[0,8],[2,8]]},"rowCacheBytes":268435456}'
+)
+FORMS: tuple[Any, ...] = (WorkerPlan, GatewayPlan, EnsemblePlan)
+GOLDEN = (GOLDEN_WORKER, GOLDEN_GATEWAY, GOLDEN_ENSEMBLE)
 
 
 def test_golden_json() -> None:
     assert encode_plan(WORKER).decode() == GOLDEN_WORKER
     assert encode_plan(GATEWAY).decode() == GOLDEN_GATEWAY
+    assert encode_plan(ENSEMBLE).decode() == GOLDEN_ENSEMBLE
 
 
 def test_round_trip() -> None:
     assert decode_plan(GOLDEN_WORKER.encode(), WorkerPlan) == WORKER
     assert decode_plan(GOLDEN_GATEWAY.encode(), GatewayPlan) == GATEWAY
+    assert decode_plan(GOLDEN_ENSEMBLE.encode(), EnsemblePlan) == ENSEMBLE
+
+
+def test_a_worker_finds_its_row_in_the_mirror() -> None:
+    row = ENSEMBLE.worker("gpu-1")
+    assert row == WorkerPlan(
+        3, "pets", "gpu-1", (IMAGE,), (CLASSES,), (BIG, SMALL, NEWER),
+        (Instance("big", 4, "d2"), Instance("small", 8, "d1"), Instance("small", 8, "d3")),
+    )  # fmt: skip
+    assert [source_of(row.members, instance).digest for instance in row.instances] == ["d2", "d1", "d3"]
+    assert ENSEMBLE.worker("cpu-0") == WorkerPlan(
+        3, "pets", "cpu-0", (IMAGE,), (CLASSES,), (SMALL,), (Instance("small", 8, "d1"), Instance("small", 16, "d1")),
+    )  # fmt: skip
+    assert ENSEMBLE.worker("cpu-7") is None
+    nothing = ENSEMBLE.row("cpu-7")
+    assert (nothing.generation, nothing.worker, nothing.members, nothing.instances) == (3, "cpu-7", (), ())
+
+
+def test_an_instance_says_which_version_where_there_are_two() -> None:
+    versions = (SMALL, NEWER)
+    with pytest.raises(InvalidPlan, match="2 versions of 'small' are listed: a digest is needed"):
+        msgspec.structs.replace(WORKER, members=versions)
+    with pytest.raises(InvalidPlan, match="member 'small' d9 is not listed"):
+        msgspec.structs.replace(WORKER, members=versions, instances=(Instance("small", 8, "d9"),))
+    with pytest.raises(InvalidPlan, match="placed twice"):
+        msgspec.structs.replace(WORKER, instances=(Instance("small", 8, "d1"), Instance("small", 8)))
+    both = msgspec.structs.replace(
+        WORKER, members=versions, instances=(Instance("small", 8, "d1"), Instance("small", 8, "d3"))
+    )
+    assert [source_of(both.members, one) for one in both.instances] == [SMALL, NEWER]
 
 
 def test_fields_of_a_later_version_are_passed_over() -> None:
@@ -116,6 +167,16 @@ BAD_WORKER = [
     ("instances.0.member", "other", "member 'other' is not listed"),
     ("rowCacheBytes", -1, "rowCacheBytes: -1 is below 0"),
 ]
+BAD_ENSEMBLE = [
+    ("gateway.generation", -1, "generation: -1"),
+    ("sources.0.digest", "d3", "sources: a version of a member is listed twice"),
+    ("rows.cpu-0", [[3, 8]], "rows: 'cpu-0' names member 3 of 3"),
+    ("rows.cpu-0", [[-1, 8]], "rows: 'cpu-0' names member -1 of 3"),
+    ("rows.cpu-0", [[0, 8], [0, 8]], "rows: 'cpu-0' has a member twice with the same batch size"),
+    ("rows.cpu-0", [[0, 0]], "rows: batch size 0 of 'small' is not in 1..65536"),
+    ("rows.cpu-0", [[0]], r"`\$.rows\[...\]\[0\]`"),
+    ("rowCacheBytes", -1, "rowCacheBytes: -1 is below 0"),
+]
 BAD_GATEWAY = [
     ("generation", -1, "generation: -1"),
     ("members", [], "members: at least one"),
@@ -150,6 +211,12 @@ def test_bad_worker_plans(path: str, value: Any, text: str) -> None:
 def test_bad_gateway_plans(path: str, value: Any, text: str) -> None:
     with pytest.raises(InvalidPlan, match=text):
         decode_plan(changed(GOLDEN_GATEWAY, path, value), GatewayPlan)
+
+
+@pytest.mark.parametrize(("path", "value", "text"), BAD_ENSEMBLE)
+def test_bad_mirrors(path: str, value: Any, text: str) -> None:
+    with pytest.raises(InvalidPlan, match=text):
+        decode_plan(changed(GOLDEN_ENSEMBLE, path, value), EnsemblePlan)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +262,14 @@ def test_64_members_on_1000_workers_fit() -> None:
     )
     plan = msgspec.structs.replace(GATEWAY, members=members, workers=workers)
     assert decode_plan(encode_plan(plan), GatewayPlan) == plan
+    sources = tuple(
+        ModelSource(m.name, m.digest, f"s3://models/pets/{m.name}.pt2", "torch-export", sha256="ab" * 32)
+        for m in members
+    )
+    # Each worker runs eight members, and the whole ensemble is placed 125 times.
+    rows = {w.name: tuple(((8 * i + j) % 64, 128) for j in range(8)) for i, w in enumerate(workers)}
+    mirror = EnsemblePlan(plan, sources, rows)
+    assert decode_plan(encode_plan(mirror), EnsemblePlan) == mirror
 
 
 @given(st.binary(max_size=200))
@@ -211,8 +286,8 @@ def test_mutations() -> None:
     tracemalloc.start()
     try:
         for _ in range(10_000):
-            survives(spoilt_bytes(rng, rng.choice([GOLDEN_WORKER, GOLDEN_GATEWAY])))
-            survives(spoilt_value(rng, rng.choice([GOLDEN_WORKER, GOLDEN_GATEWAY])))
+            survives(spoilt_bytes(rng, rng.choice(GOLDEN)))
+            survives(spoilt_value(rng, rng.choice(GOLDEN)))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensemble_contract.plan import GatewayPlan, WorkerPlan, decode_plan, encode_plan
+from ensemble_contract.plan import EnsemblePlan, GatewayPlan, decode_plan, encode_plan
 from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.worstfit import fill, worst_fit
 from ensemble_operator.api import InferenceEnsemble, InvalidSpec, parse
-from ensemble_operator.plans import Tensors, gateway_plan, model_source, worker_plans
+from ensemble_operator.plans import Tensors, ensemble_plan, gateway_plan, model_source
 from ensemble_operator.profiles.measurements import (
     UNMEASURED_OVERHEAD_BYTES,
     Device,
@@ -86,7 +86,7 @@ class TestMeasurementLines:
                 '{"error": "no memory at 32 rows", "kind": "memory"}',
             ]
         )
-        points = (Point(1, 100.5, 0.01, 2000), Point(8, 400, 0.02, 3000))
+        points = (Point(1, 100.5, 0.01, 2000, spread=0.1), Point(8, 400, 0.02, 3000, spread=0.1))
         assert found == Measurement(Signature((X,), None), points, 5000, "no memory at 32 rows")
 
     @pytest.mark.parametrize("line", ["", "Killed", "[]", '{"batchSize": "one"}', '{"batchSize": 1'])
@@ -169,14 +169,19 @@ class TestPlans:
     tensors = Tensors((X,), (Y,), {"y": ("r", "g", "b")})
 
     def test_workers_get_what_is_placed_on_them(self) -> None:
-        sources = {m.name: model_source(m, m) for m in ensemble().spec.members}
-        plans = worker_plans("three", 7, self.matrix, sources, self.tensors, 1 << 20)
-        assert list(plans) == ["cpu-0", "cpu-1"]
-        assert [(i.member, i.batch_size) for i in plans["cpu-1"].instances] == [("a", 1), ("b", 32)]
-        assert [m.name for m in plans["cpu-0"].members] == ["a"]
-        for name, plan in plans.items():
-            assert (plan.worker, plan.generation, plan.row_cache_bytes) == (name, 7, 1 << 20)
-            assert decode_plan(encode_plan(plan), WorkerPlan) == plan
+        resource = ensemble()
+        sources = {m.name: model_source(m, m) for m in resource.spec.members}
+        addresses = {"cpu-0": "unix:/run/0", "cpu-1": "unix:/run/1", "cpu-2": "unix:/run/2"}
+        gateway = gateway_plan(resource, 7, sources, self.tensors, addresses)
+        plan = ensemble_plan(gateway, self.matrix, sources, 1 << 20)
+        assert decode_plan(encode_plan(plan), EnsemblePlan) == plan
+        rows = {name: plan.worker(name) for name in addresses}
+        assert [(i.member, i.batch_size) for i in rows["cpu-1"].instances] == [("a", 1), ("b", 32)]  # type: ignore[union-attr]
+        assert [m.name for m in rows["cpu-0"].members] == ["a"]  # type: ignore[union-attr]
+        for name, row in rows.items():
+            assert row is not None
+            assert (row.worker, row.generation, row.row_cache_bytes) == (name, 7, 1 << 20)
+        assert rows["cpu-2"].instances == ()  # type: ignore[union-attr]
 
     def test_the_gateway_gets_every_member_placed_or_not(self) -> None:
         resource = ensemble(
@@ -198,9 +203,10 @@ class TestPlans:
         resource = ensemble()
         member = resource.spec.members[0]
         sources = {m.name: model_source(m, m) for m in resource.spec.members}
-        workers = worker_plans("three", 1, self.matrix, sources, self.tensors, 0)
-        gateway = gateway_plan(resource, 1, sources, self.tensors, {})
-        assert workers["cpu-0"].members[0].digest == gateway.members[0].digest
+        gateway = gateway_plan(resource, 1, sources, self.tensors, {"cpu-0": "unix:/run/0"})
+        row = ensemble_plan(gateway, self.matrix, sources, 0).worker("cpu-0")
+        assert row is not None
+        assert row.members[0].digest == gateway.members[0].digest
         changed = model_source(member, replace(member, model=replace(member.model, sha256="0" * 64)))
         assert changed.digest != gateway.members[0].digest
         assert changed.sha256 == ""

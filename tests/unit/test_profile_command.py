@@ -34,7 +34,7 @@ spec:
 )
 GOOD = Measurement(
     Signature((TensorSpec("x", "FP32", (4,)),), None),
-    (Point(1, 100.0, 0.01, 10 * MIB), Point(8, 400.0, 0.02, 12 * MIB)),
+    (Point(1, 100.0, 0.01, 10 * MIB, 0.07), Point(8, 400.0, 0.02, 12 * MIB)),
     300 * MIB,
 )
 
@@ -71,9 +71,9 @@ def test_the_table_has_a_line_for_every_batch_size() -> None:
         console.print(profile_table(profiled(a=GOOD, b=Measurement(error="no such file"))))
     lines = [line.split() for line in capture.get().splitlines() if f" {CLASS} " in line]
     assert [line[4:] for line in lines] == [
-        ["1", "100.0", "10.00", "10.0"],
-        ["8", "400.0", "20.00", "12.0"],
-        ["-", "-", "-", "-"],
+        ["1", "100.0", "10.00", "7%", "10.0"],
+        ["8", "400.0", "20.00", "0%", "12.0"],
+        ["-", "-", "-", "-", "-"],
     ]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,7 +189,7 @@ def test_a_buffer_of_the_wrong_size_or_number_is_refused() -> None:
 def test_used_rows_and_bytes_count_inputs_and_kept_outputs() -> None:
     store = make_store(16)
     row = 6 + 4 + 40 + COLUMNS * (16 + 32)
-    assert store.bytes_per_row == row
+    assert store.bytes_per_row(COLUMNS) == row
     assert store.used_rows == 0
     ranges = store.allocator.take(5)
     assert ranges is not None
@@ -202,3 +204,36 @@ def test_used_rows_and_bytes_count_inputs_and_kept_outputs() -> None:
 def test_slots_of_ranges_are_in_order() -> None:
     assert slots_of([(7, 2), (1, 3)]).tolist() == [7, 8, 1, 2, 3]
     assert slots_of([(9, 1), (4, 1)]).tolist() == [9, 4]
+
+
+def test_no_more_slots_than_the_limit_are_given_out() -> None:
+    allocator = SlotAllocator(10)
+    ranges = allocator.take(6)
+    assert ranges is not None
+    allocator.limit(4)
+    assert allocator.take(1) is None
+    allocator.give([(ranges[0][0], 3)])
+    assert allocator.take(1) is not None
+    assert allocator.take(1) is None
+    allocator.limit(100)
+    assert allocator.capacity == 10
+    assert allocator.take(6) is not None
+    assert allocator.take(1) is None
+
+
+def test_the_memory_of_a_column_is_given_back() -> None:
+    slots, width = 4096, 256
+    layout = StoreLayout((TensorSpec("x", "FP32", ()),), slots)
+    store = RowStore(layout, memoryview(bytearray(layout.total_bytes)), (TensorSpec("y", "FP32", (width,)),), 128)
+    kept = store.outputs[0]
+    before = resident_bytes()
+    kept[1:4] = 1
+    assert resident_bytes() - before > 3 * kept[0].nbytes * 0.9
+    store.give_back([1, 3])
+    assert resident_bytes() - before < 2 * kept[0].nbytes
+    assert not kept[1].any()
+    assert kept[2].all()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

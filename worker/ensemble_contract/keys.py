@@ -1,7 +1,7 @@
-"""CURVE keys as files in a folder: a peer's own pair, and the public key that the other side must have.
+"""What a process proves itself by, as files in a folder (a mounted Secret): CURVE keys and the admin API's token.
 
-Workers share one pair and gateways another (a folder is a mounted Secret). Keys are Z85 text of 40 characters
-(ZeroMQ RFC 32); a file may end with a newline.
+Workers share one pair of keys and gateways another; each side has its own pair and the public key that the other must
+have. Keys are Z85 text of 40 characters (ZeroMQ RFC 32); a file may end with a newline.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ensemble_contract.pod import TOKEN_FILE
 
 OWN_PUBLIC = "own.public"
 OWN_SECRET = "own.secret"  # noqa: S105  # a file's name
@@ -55,3 +57,51 @@ class KeyFiles:
             path = folder / name
             path.touch(mode=0o600)
             path.write_bytes(key + b"\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a folder has for a process: `keys` None means links without encryption, an empty `token` an open admin API.
+
+    A folder of keys may have no token; one without keys must have it, so that a folder that was not mounted is no
+    choice.
+    """
+
+    keys: KeyFiles | None = None
+    token: str = field(default="", repr=False)
+
+    @staticmethod
+    def read(folder: Path) -> Credentials:
+        """Read the folder.
+
+        Raises ValueError naming the file that is missing, unreadable or not what it should be.
+        """
+        token = _read_token(folder / TOKEN_FILE)
+        names = (OWN_PUBLIC, OWN_SECRET, PEER_PUBLIC)
+        if token and not any((folder / name).exists() for name in names):
+            return Credentials(None, token)
+        return Credentials(KeyFiles.read(folder), token)
+
+
+def stamp_of(folder: Path) -> tuple[tuple[int, int, int] | None, ...]:
+    """Something that differs when a file of the folder was replaced (a mounted Secret is, through a symbolic link)."""
+    stamps: list[tuple[int, int, int] | None] = []
+    for name in (OWN_PUBLIC, OWN_SECRET, PEER_PUBLIC, TOKEN_FILE):
+        try:
+            found = (folder / name).stat()
+            stamps.append((found.st_ino, found.st_mtime_ns, found.st_size))
+        except OSError:
+            stamps.append(None)
+    return tuple(stamps)
+
+
+def _read_token(path: Path) -> str:
+    try:
+        text = path.read_text().strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    if not text or not text.isascii():
+        raise ValueError(f"{path}: not a token, which is a line of ASCII")
+    return text

@@ -17,6 +17,7 @@ from ensemble_contract.tensors import FLOATING, TensorSpec
 
 MAX_PLAN_BYTES = 900_000
 MAX_GENERATION = (1 << 63) - 1
+MAX_BATCH_SIZE = 65_536
 
 RULES = ("mean", "weightedMean", "geometricMean", "median", "max", "min", "vote", "weightedVote", "none")
 WEIGHTED_RULES = frozenset({"weightedMean", "weightedVote"})
@@ -85,10 +86,7 @@ class WorkerPlan(msgspec.Struct, frozen=True, rename="camel"):
         if len(set(placed)) != len(placed):
             raise InvalidPlan("instances: a member is placed twice on one device with the same batch size")
         for instance in self.instances:
-            if not 1 <= instance.batch_size <= 65_536:
-                raise InvalidPlan(
-                    f"instances: batch size {instance.batch_size} of {instance.member!r} is not in 1..65536"
-                )
+            _check_batch_size("instances", instance.member, instance.batch_size)
 
 
 def source_of(members: tuple[ModelSource, ...], instance: Instance) -> ModelSource:
@@ -180,7 +178,7 @@ class EnsemblePlan(msgspec.Struct, frozen=True, rename="camel"):
     """The whole plan of an ensemble in one document: the mirror from which every pod can start by itself.
 
     `sources` has each version of each member once; `rows` has, by worker, its instances as (index in `sources`, batch
-    size).
+    size). A worker without a row runs nothing.
     """
 
     gateway: GatewayPlan
@@ -189,11 +187,19 @@ class EnsemblePlan(msgspec.Struct, frozen=True, rename="camel"):
     row_cache_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
-        """Check that every row names listed versions."""
+        """Check that every row names listed versions, each with a batch size once."""
+        if self.row_cache_bytes < 0:
+            raise InvalidPlan(f"rowCacheBytes: {self.row_cache_bytes} is below 0")
+        versions = {(source.name, source.digest) for source in self.sources}
+        if len(versions) != len(self.sources):
+            raise InvalidPlan("sources: a version of a member is listed twice")
         for worker, row in self.rows.items():
-            for index, _ in row:
+            if len(set(row)) != len(row):
+                raise InvalidPlan(f"rows: {worker!r} has a member twice with the same batch size")
+            for index, batch_size in row:
                 if not 0 <= index < len(self.sources):
                     raise InvalidPlan(f"rows: {worker!r} names member {index} of {len(self.sources)}")
+                _check_batch_size("rows", self.sources[index].name, batch_size)
 
     @property
     def generation(self) -> int:
@@ -201,13 +207,12 @@ class EnsemblePlan(msgspec.Struct, frozen=True, rename="camel"):
         return self.gateway.generation
 
     def worker(self, name: str) -> WorkerPlan | None:
-        """A worker's row of it; None if the plan does not know the worker.
+        """A worker's row of it; None if the plan does not know the worker."""
+        return self.row(name) if name in self.rows else None
 
-        Raises InvalidPlan if the row is inconsistent.
-        """
-        row = self.rows.get(name)
-        if row is None:
-            return None
+    def row(self, name: str) -> WorkerPlan:
+        """A worker's row of it, without instances if the plan does not know the worker."""
+        row = self.rows.get(name, ())
         sources = [self.sources[index] for index, _ in row]
         return WorkerPlan(
             generation=self.generation,
@@ -226,6 +231,11 @@ class EnsemblePlan(msgspec.Struct, frozen=True, rename="camel"):
 def _check_generation(generation: int) -> None:
     if not 0 <= generation <= MAX_GENERATION:
         raise InvalidPlan(f"generation: {generation} is not in 0..{MAX_GENERATION}")
+
+
+def _check_batch_size(field: str, member: str, batch_size: int) -> None:
+    if not 1 <= batch_size <= MAX_BATCH_SIZE:
+        raise InvalidPlan(f"{field}: batch size {batch_size} of {member!r} is not in 1..{MAX_BATCH_SIZE}")
 
 
 def _check_limits(plan: GatewayPlan) -> None:

@@ -1,4 +1,4 @@
-"""`python -m ensemble_worker COMMAND`: the worker process, and the two questions asked of a machine beforehand."""
+"""`python -m ensemble_worker COMMAND`: the worker process, and the questions asked of a machine beforehand."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def main(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="own one device and run the instances of a plan", add_help=False)
     commands.add_parser("measure", help="measure one member on one device", add_help=False)
+    commands.add_parser("colocate", help="measure members that share one device", add_help=False)
     listing = commands.add_parser("devices", help="print this machine's devices as JSON")
     listing.add_argument("--cpu-devices", type=int, metavar="N", help="divide the CPU into N devices, even beside GPUs")
     known, rest = parser.parse_known_args(argv)
@@ -28,6 +29,10 @@ def main(argv: list[str]) -> int:
             from ensemble_worker.profiler import main as measure
 
             return measure(rest)
+        if known.command == "colocate":
+            from ensemble_worker.colocation import main as colocate
+
+            return colocate(rest)
         if rest:
             listing.error(f"unrecognized arguments: {' '.join(rest)}")
         found = [device.as_json() for device in devices.discover(known.cpu_devices)]

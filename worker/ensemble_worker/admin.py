@@ -1,4 +1,4 @@
-"""The worker's admin API: take a plan, tell what runs. For the operator or the local runner, never for clients."""
+"""The worker's admin API: plans, figures, measuring. For the operator or the local runner, never for clients."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import Any, Protocol
 import msgspec
 from aiohttp import web
 
-from ensemble_contract.errors import InvalidPlan
+from ensemble_contract.errors import ContractError, InvalidPlan
 from ensemble_contract.plan import WorkerPlan, decode_plan
 from ensemble_worker.devices import Device
-from ensemble_worker.exposition import exposition
-from ensemble_worker.loop import Running
+from ensemble_worker.exposition import Figures, exposition
+from ensemble_worker.profile_job import ProfileJob, ProfileOrder
 
 STUCK_S = 120.0
+
+
+class PlanRefused(Exception):
+    """A plan that is older than the present one, or is another of the same generation; the message says which."""
 
 
 class Managed(Protocol):
@@ -23,27 +27,37 @@ class Managed(Protocol):
 
     device: Device
     overhead_bytes: int
+    profiling: ProfileJob
 
     @property
     def generation(self) -> int:
         """The plan's generation; 0 without a plan."""
 
-    def adopt(self, plan: WorkerPlan) -> bool:
-        """Run a newer plan; False if it is older than the present one."""
+    @property
+    def token(self) -> str:
+        """What requests must carry now; empty if anyone may ask."""
+
+    def adopt(self, plan: WorkerPlan) -> None:
+        """Run a plan. Raises InvalidPlan if it is another worker's, PlanRefused."""
 
     def instance_states(self) -> list[dict[str, Any]]:
         """Every instance of the plan with its state, as JSON."""
 
-    def running(self) -> list[Running]:
-        """The instances that accept batches."""
-
     def busy_s(self) -> float:
         """For how long the batch that runs now has been running."""
 
+    def figures(self) -> Figures:
+        """What /metrics shows."""
 
-def make_admin(worker: Managed, token: str = "") -> web.Application:
-    """The admin application; with a token, every request but the health must carry it (`Authorization: Bearer …`)."""
 
+def make_admin(worker: Managed) -> web.Application:
+    """The admin application; while there is a token, every request but the health must carry it."""
+    app = web.Application(client_max_size=1 << 20, middlewares=[_require(worker)])
+    app.add_routes([*_plan_routes(worker), *_profile_routes(worker)])
+    return app
+
+
+def _plan_routes(worker: Managed) -> list[web.RouteDef]:
     async def get_health(_request: web.Request) -> web.Response:
         busy_s = worker.busy_s()
         if busy_s > STUCK_S:
@@ -51,7 +65,8 @@ def make_admin(worker: Managed, token: str = "") -> web.Application:
         return _json({"status": "ok"})
 
     async def get_device(_request: web.Request) -> web.Response:
-        return _json({**worker.device.as_json(), "overheadBytes": worker.overhead_bytes})
+        shown = {"overheadBytes": worker.overhead_bytes, "threads": worker.device.threads}
+        return _json({**worker.device.as_json(), **shown, "error": worker.device.error or None})
 
     async def get_plan(_request: web.Request) -> web.Response:
         return _json({"generation": worker.generation, "instances": worker.instance_states()})
@@ -59,33 +74,58 @@ def make_admin(worker: Managed, token: str = "") -> web.Application:
     async def put_plan(request: web.Request) -> web.Response:
         try:
             plan = decode_plan(await request.read(), WorkerPlan)
+            worker.adopt(plan)
         except InvalidPlan as error:
             return _json({"error": str(error)}, 400)
-        if not worker.adopt(plan):
-            return _json({"error": f"generation {plan.generation} is older than {worker.generation}"}, 409)
+        except PlanRefused as error:
+            return _json({"error": str(error)}, 409)
         return _json({"generation": plan.generation}, 202)
 
     async def get_metrics(_request: web.Request) -> web.Response:
-        return web.Response(text=exposition(worker.device, worker.running(), worker.instance_states()))
+        return web.Response(text=exposition(worker.figures()))
 
-    app = web.Application(client_max_size=1 << 20, middlewares=[_require(token)])
-    app.add_routes(
-        [
-            web.get("/v1/health", get_health),
-            web.get("/v1/device", get_device),
-            web.get("/v1/plan", get_plan),
-            web.put("/v1/plan", put_plan),
-            web.get("/metrics", get_metrics),
-        ]
-    )
-    return app
+    return [
+        web.get("/v1/health", get_health),
+        web.get("/v1/device", get_device),
+        web.get("/v1/plan", get_plan),
+        web.put("/v1/plan", put_plan),
+        web.get("/metrics", get_metrics),
+    ]
 
 
-def _require(token: str) -> Any:
+def _profile_routes(worker: Managed) -> list[web.RouteDef]:
+    job = worker.profiling
+
+    async def get_profile(_request: web.Request) -> web.Response:
+        return _json(job.as_json())
+
+    async def put_profile(request: web.Request) -> web.Response:
+        if worker.device.error:
+            return _json({"error": worker.device.error}, 409)
+        try:
+            order = msgspec.json.decode(await request.read(), type=ProfileOrder)
+        except (msgspec.DecodeError, ContractError, ValueError, RecursionError) as error:
+            return _json({"error": str(error)}, 400)
+        await job.start(order)
+        return _json(job.as_json(), 202)
+
+    async def delete_profile(_request: web.Request) -> web.Response:
+        await job.end()
+        return _json(job.as_json())
+
+    return [
+        web.get("/v1/profile", get_profile),
+        web.put("/v1/profile", put_profile),
+        web.delete("/v1/profile", delete_profile),
+    ]
+
+
+def _require(worker: Managed) -> Any:
     @web.middleware
     async def check(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
+        token = worker.token
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if (
             token

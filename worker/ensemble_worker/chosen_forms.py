@@ -41,5 +41,10 @@ class ChosenForms:
             partial.replace(path)
 
     def _path(self, source: ModelSource, device: Device) -> Path:
-        parts = (source.digest, importlib.metadata.version("torch"), device.device_class, len(device.cores))
+        parts = (
+            source.digest,
+            importlib.metadata.version("torch"),
+            device.device_class,
+            device.threads or len(device.cores),
+        )
         return self.cache_dir / "forms" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -34,7 +34,9 @@ UNLIMITED_BYTES = 1 << 60
 class Device:
     """One GPU, or one CPU partition. `cores` are operating-system core ids (CPU only); `uuid` is NVML's (GPU only).
 
-    `device_class` names the hardware: devices of one class share their profiles.
+    `device_class` names the hardware: devices of one class share their profiles. `threads` is a CPU device's number of
+    threads where it is not that of its cores. The kind `none` is a GPU that was asked for and is not there; `error`
+    says so, and what to do.
     """
 
     name: str
@@ -44,6 +46,13 @@ class Device:
     cores: tuple[int, ...]
     capacity_bytes: int
     uuid: str = ""
+    threads: int = 0
+    error: str = ""
+
+    @property
+    def thread_count(self) -> int:
+        """Threads to compute with."""
+        return self.threads or max(1, len(self.cores))
 
     def as_json(self) -> dict[str, Any]:
         """The device as `python -m ensemble_worker devices` and the admin API show it."""
@@ -102,6 +111,19 @@ def cpu_device(index: int, cores: Sequence[int], capacity_bytes: int) -> Device:
     return Device(f"cpu-{index}", "cpu", index, device_class, tuple(cores), capacity_bytes)
 
 
+def cpu_share(index: int, threads: int, capacity_bytes: int) -> Device:
+    """A CPU device of so many threads on whatever cores the scheduler gives: in a pod, where cores are a share of time.
+
+    Its class is the same in all pods of as many threads, whichever nodes they are on.
+    """
+    return Device(f"cpu-{index}", "cpu", index, f"cpu-{threads}", (), capacity_bytes, threads=threads)
+
+
+def missing_gpu(name: str, cause: str) -> Device:
+    """What stands for a GPU that a worker was told to take and cannot."""
+    return Device(name, "none", 0, "none", (), 0, error=cause)
+
+
 def partition(cores: Sequence[int], count: int | None) -> list[tuple[int, ...]]:
     """Equal groups of neighbouring cores: one core each for up to 8 cores, else 8 groups, unless `count` says how many.
 
@@ -146,13 +168,17 @@ def free_memory_bytes() -> int:
     return available if limit is None else min(available, limit)
 
 
+def usable_cores() -> list[int]:
+    """The cores that this process may use, no more than its control groups allow at a time."""
+    cores = sorted(os.sched_getaffinity(0))
+    quota = _own_cgroup_limits().cpus
+    return cores if quota is None else cores[: max(1, math.ceil(quota))]
+
+
 def _cpus(count: int | None) -> list[Device]:
     if count is not None and not 1 <= count <= MAX_CPU_DEVICES:
         raise DeviceUnavailable(f"{count} CPU devices: must be in 1..{MAX_CPU_DEVICES}")
-    cores = sorted(os.sched_getaffinity(0))
-    quota = _own_cgroup_limits().cpus
-    if quota is not None:
-        cores = cores[: max(1, math.ceil(quota))]
+    cores = usable_cores()
     groups = partition(cores, count)
     if len(groups) > len(cores):
         log.warning("%d CPU devices share %d cores: expect less than one core each", len(groups), len(cores))
@@ -174,9 +200,11 @@ def _gpus(visible: str | None) -> list[Device]:
         found = []
         for i in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(i)
-            name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
-            total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-            found.append(Device(f"cuda-{i}", "cuda", i, f"{name}, {total / 2**30:.0f} GiB", (), total, uuid))
+            parts = _mig_parts(pynvml, handle)
+            if parts:
+                # CUDA shows a process one part, and no whole GPU beside it ("MIG User Guide", CUDA visibility).
+                return visible_parts([_gpu(pynvml, 0, part) for part in parts], visible)
+            found.append(_gpu(pynvml, i, handle))
     except pynvml.NVMLError as error:
         log.warning("a GPU cannot be read, the CPU is used: %s", error)
         return []
@@ -184,6 +212,35 @@ def _gpus(visible: str | None) -> list[Device]:
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
     return visible_gpus(found, visible)
+
+
+def _gpu(pynvml: Any, index: int, handle: Any) -> Device:
+    name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
+    total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    return Device(f"cuda-{index}", "cuda", index, f"{name}, {total / 2**30:.0f} GiB", (), total, uuid)
+
+
+def _mig_parts(pynvml: Any, handle: Any) -> list[Any]:
+    """The parts of a GPU in MIG mode that this container may use; none of a whole GPU."""
+    try:
+        if pynvml.nvmlDeviceGetMigMode(handle)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
+            return []
+        places = range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle))
+    except pynvml.NVMLError:
+        return []
+    parts = []
+    for place in places:
+        with contextlib.suppress(pynvml.NVMLError):
+            parts.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place))
+    return parts
+
+
+def visible_parts(parts: Sequence[Device], visible: str | None) -> list[Device]:
+    """The one part of a GPU in MIG mode that CUDA shows: the first, or the first of CUDA_VISIBLE_DEVICES."""
+    wanted = (visible or "").split(",")[0].strip()
+    if visible is None or wanted.isdigit():
+        return list(parts[:1])
+    return [part for part in parts if wanted and part.uuid.startswith(wanted)][:1]
 
 
 def visible_gpus(found: Sequence[Device], visible: str | None) -> list[Device]:

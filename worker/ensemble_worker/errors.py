@@ -26,17 +26,19 @@ class DeviceLost(WorkerError):
 class ModelError(WorkerError):
     """A member's model cannot be fetched, believed or loaded, or does not do what its ensemble declares.
 
-    The message names the member, its URI and the cause; the other members of the worker are not affected.
+    The message names the member, its URI and the cause; the other members of the worker are not affected. `may_pass`:
+    another attempt, later, may succeed with the same plan.
     """
 
     kind = "model"
 
-    def __init__(self, member: str, uri: str, cause: str) -> None:
+    def __init__(self, member: str, uri: str, cause: str, *, may_pass: bool = False) -> None:
         shown = without_secrets(uri)
         super().__init__(f"member {member!r} ({shown}): {cause}")
         self.member = member
         self.uri = shown
         self.cause = cause
+        self.may_pass = may_pass
 
 
 class OutOfMemory(ModelError):

@@ -1,7 +1,8 @@
 """The executor: receives batches, runs them, answers.
 
 On a CPU device it runs one batch at a time in its own thread, so that nothing is handed from thread to thread; on a GPU
-each instance has a thread (and a stream) of its own. Gateways take turns.
+each instance has a thread (and a stream) of its own. Gateways take turns. An instance that leaves is first withdrawn
+(no gateway is told of it any more), then removed, when the batches that were received for it are answered.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from queue import SimpleQueue
 from ensemble_contract.wire import FailureCode
 from ensemble_worker.errors import DeviceLost
 from ensemble_worker.links import LinkServer, Peer, Work
-from ensemble_worker.predictor import Predictor, is_out_of_memory
+from ensemble_worker.predictor import Predictor, is_out_of_memory, prepare_thread
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """An instance that can be given batches, and what it has done so far."""
+    """An instance that can be given batches, and what it has done so far.
+
+    `began_ns`: when the batch that it runs now began (monotonic), 0 when it runs none.
+    """
 
     id: int
     member: str
@@ -36,6 +40,8 @@ class Running:
     rows: int = 0
     compute_ns: int = 0
     failures: int = 0
+    began_ns: int = 0
+    withdrawn: bool = False
     queue: SimpleQueue[Work | None] = field(default_factory=SimpleQueue)
 
 
@@ -50,46 +56,83 @@ class Executor(threading.Thread):
         self._server = server
         self._serial = serial
         self._lost = lost
+        # Replaced, never changed: the executor's thread reads it while others come and go.
         self._instances: dict[int, Running] = {}
+        self._changing = threading.Lock()
+        self._leaving: dict[int, tuple[Running | None, Callable[[], None]]] = {}
+        self._threads: list[threading.Thread] = []
         self._waiting: dict[Peer, deque[Work]] = {}
         self._stopped = False
-        self._began_ns = 0
 
     def add(self, running: Running) -> None:
         """Accept batches for an instance."""
-        self._instances = {**self._instances, running.id: running}
-        if not self._serial:
-            threading.Thread(target=self._run_queue, args=(running,), name=running.member, daemon=True).start()
+        with self._changing:
+            self._instances = {**self._instances, running.id: running}
+            if self._serial or self._stopped:
+                return
+            running.queue = SimpleQueue()
+            thread = threading.Thread(target=self._run_queue, args=([running],), name=running.member, daemon=True)
+            thread.start()
+            self._threads = [*(one for one in self._threads if one.is_alive()), thread]
 
-    def remove(self, instance: int) -> Running | None:
-        """Accept no more batches for an instance; those that come are failed as unknown."""
-        running = self._instances.get(instance)
-        self._instances = {id_: kept for id_, kept in self._instances.items() if id_ != instance}
-        if running is not None and not self._serial:
+    def remove(self, instance: int, done: Callable[[], None] | None = None) -> None:
+        """Let go of an instance when the batches that were received for it have run; `done` is called then.
+
+        Batches that come later are failed as unknown. `done` may be called from any thread, also within this call.
+        """
+        done = done or _nothing
+        with self._changing:
+            waits = self.is_alive() and not self._stopped
+            if waits:
+                self._leaving[instance] = self._instances.get(instance), done
+        if waits and self._serial:
+            self._server.wake()
+            return
+        running = self.discard(instance)
+        if running is not None:
             running.queue.put(None)
+        if not waits:
+            done()
+
+    def discard(self, instance: int) -> Running | None:
+        """Accept no more batches for an instance, at once: also those that wait are failed as unknown."""
+        with self._changing:
+            running = self._instances.get(instance)
+            self._instances = {id_: kept for id_, kept in self._instances.items() if id_ != instance}
         return running
 
     def instances(self) -> list[Running]:
-        """The instances that accept batches."""
-        return list(self._instances.values())
+        """The instances that gateways are told of."""
+        return [running for running in self._instances.values() if not running.withdrawn]
+
+    def waiting_batches(self) -> int:
+        """Batches received that have not begun."""
+        queued = sum(running.queue.qsize() for running in list(self._instances.values()))
+        return queued + sum(len(queue) for queue in list(self._waiting.values()))
 
     def busy_s(self) -> float:
-        """For how long the batch that runs now has been running; 0 when none does."""
-        began_ns = self._began_ns
-        return (time.monotonic_ns() - began_ns) * 1e-9 if began_ns else 0.0
+        """For how long the oldest batch that runs now has been running; 0 when none does."""
+        leaving = [running for running, _ in list(self._leaving.values()) if running is not None]
+        began = [began_ns for running in [*self._instances.values(), *leaving] if (began_ns := running.began_ns)]
+        return (time.monotonic_ns() - min(began)) * 1e-9 if began else 0.0
 
     def stop(self) -> None:
-        """End after the batch that runs now."""
-        self._stopped = True
+        """End after the batches that run now."""
+        with self._changing:
+            self._stopped = True
         self._server.wake()
 
     def run(self) -> None:
         """The thread: receive, then run one batch for each gateway in turn."""
+        prepare_thread()
         waiting = self._waiting
         try:
             while not self._stopped:
-                for work in self._server.receive(block=not waiting):
+                parting = self._serial and bool(self._leaving)
+                for work in self._server.receive(block=not waiting and not parting):
                     waiting.setdefault(work.peer, deque()).append(work)
+                if parting:
+                    self._let_go()
                 if not waiting:
                     continue
                 peer, queue = next(iter(waiting.items()))
@@ -100,6 +143,26 @@ class Executor(threading.Thread):
                 self._start(work)
         except Exception as error:
             self._give_up(error)
+        self._end()
+
+    def _let_go(self) -> None:
+        """Part with the instances that leave and have nothing waiting."""
+        needed = {one for queue in self._waiting.values() for work in queue for one in work.run.instances}
+        for instance in [one for one in list(self._leaving) if one not in needed]:
+            self.discard(instance)
+            self._leaving.pop(instance)[1]()
+
+    def _end(self) -> None:
+        """End the instances' threads after their batches, and wait for nobody else."""
+        with self._changing:
+            self._stopped = True
+            threads = list(self._threads)
+        for running in self._instances.values():
+            running.queue.put(None)
+        for thread in threads:
+            thread.join()
+        while self._leaving:
+            self._leaving.popitem()[1][1]()
 
     def _give_up(self, error: Exception) -> None:
         """End the worker: its heartbeats would go on, and gateways would wait for a thread that has ended."""
@@ -129,12 +192,22 @@ class Executor(threading.Thread):
         else:
             work.peer.fail(run, FailureCode.BAD_REQUEST, "instances of a parallel device run one by one")
 
-    def _run_queue(self, running: Running) -> None:
+    def _run_queue(self, handed: list[Running]) -> None:
+        """An instance's thread. `handed` is emptied: when it is done, nothing here shall keep a model in memory."""
+        prepare_thread()
+        running = handed.pop()
+        instance = running.id
         try:
-            while (work := running.queue.get()) is not None:
+            while (work := running.queue.get()) is not None and not self._stopped:
                 self._execute([running], work)
         except Exception as error:
             self._give_up(error)
+        del running
+        left = self._leaving.pop(instance, None)
+        if left is not None:
+            done = left[1]
+            del left
+            done()
 
     def _execute(self, instances: list[Running], work: Work) -> None:
         """Run a batch through each of the instances: its rows are gathered once."""
@@ -142,9 +215,9 @@ class Executor(threading.Thread):
         held = work.peer.rows
         if not held.slots:
             return
-        began_ns = self._began_ns = lap_ns = time.monotonic_ns()
         outputs, compute_ns = [], []
-        running = instances[0]
+        running = first = instances[0]
+        began_ns = first.began_ns = lap_ns = time.monotonic_ns()
         try:
             rows = held.gather(work.run.ranges)
             for running in instances:
@@ -163,9 +236,13 @@ class Executor(threading.Thread):
             work.peer.fail(work.run, code, f"{type(error).__name__}: {error}")
             return
         finally:
-            self._began_ns = 0
+            first.began_ns = 0
         work.peer.answer(work.run, outputs, compute_ns, began_ns - work.received_ns)
         for running, lap_ns in zip(instances, compute_ns, strict=True):
             running.batches += 1
             running.rows += work.run.rows
             running.compute_ns += lap_ns
+
+
+def _nothing() -> None:
+    """Nobody waits."""

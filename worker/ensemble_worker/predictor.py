@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 import torch
 from torch import fx
 
@@ -66,14 +68,27 @@ class Predictor(Protocol):
         ...
 
 
-def prepare_cpu(cores: Sequence[int], *, pin: bool) -> None:
-    """Give torch as many threads as `cores`, once per process and before the first load; `pin` keeps them there."""
+def prepare_cpu(cores: Sequence[int], *, pin: bool, threads: int = 0) -> None:
+    """Give torch `threads`, else as many as `cores`, once per process and before the first load.
+
+    `pin` keeps them on these cores.
+    """
     if pin:
         os.sched_setaffinity(0, cores)
     _keep_freed_memory()
-    torch.set_num_threads(max(1, len(cores)))
+    torch.set_num_threads(threads or max(1, len(cores)))
     if torch.get_num_interop_threads() != 1:
         torch.set_num_interop_threads(1)
+    prepare_thread()
+
+
+def prepare_thread() -> None:
+    """Have a thread compute as `prepare_cpu` says: called first in every thread that runs models.
+
+    OpenMP keeps its number of threads, and the processor its treatment of denormals, for each thread apart. A thread
+    that has not asked torch may use as many as the machine has cores, all on the one core of its device.
+    """
+    torch.get_num_threads()
     torch.set_flush_denormal(True)
 
 
@@ -98,6 +113,7 @@ class Model:
         Raises as `read` does.
         """
         fitted = self.fitted
+        prepare_thread()
         with _as_model_errors(self.source, self.device, batch_size), torch.inference_mode():
             check_batch(fitted.fixed_batch, fitted.max_batch, batch_size)
             arguments = (fitted, self.inputs, self.outputs, self.source.activation, batch_size)
@@ -125,6 +141,7 @@ def read(
     A model that does not say which batches it takes must take `batch_size` rows. Raises ModelError (OutOfMemory if
     memory is what lacks) naming the member, its URI and the cause, and DeviceLost if the device cannot be used again.
     """
+    prepare_thread()
     with _as_model_errors(source, device, batch_size), torch.inference_mode():
         loaded = _load_file(path, source.format, device)
         place = torch.device("cpu") if loaded.on_host else _torch_device(device)
@@ -141,14 +158,71 @@ def load(
     batch_size: int,
     cache_dir: Path | None = None,
 ) -> Predictor:
-    """`read` a member and warm it up at `batch_size` rows; with a `cache_dir`, in the form that was measured before.
+    """`read_known` a member and warm it up at `batch_size` rows.
+
+    Raises as `read` does.
+    """
+    return read_known(path, source, inputs, outputs, device, batch_size, cache_dir).at(batch_size)
+
+
+def read_known(
+    path: Path,
+    source: ModelSource,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    device: Device,
+    batch_size: int,
+    cache_dir: Path | None = None,
+) -> Model:
+    """`read` a member; with a `cache_dir`, in the form that was measured before.
 
     Raises as `read` does.
     """
     known = ChosenForms(cache_dir).recall(source, device) if cache_dir is not None else ""
-    predictor = read(path, source, inputs, outputs, device, batch_size, known).at(batch_size)
-    log.info("member %s: %s, %s, batches of %d rows", source.name, device.name, predictor.form, batch_size)
-    return predictor
+    model = read(path, source, inputs, outputs, device, batch_size, known)
+    log.info("member %s: %s, %s", source.name, device.name, model.form)
+    return model
+
+
+def memory_in_use(device: Device) -> int:
+    """Bytes that this process holds: on a GPU what torch has reserved there, else what is resident."""
+    if device.kind == "cuda":
+        return torch.cuda.memory_reserved(device.index)
+    return int(psutil.Process().memory_info().rss)
+
+
+def overhead_bytes(device: Device) -> int:
+    """Bytes of the device that a worker takes before it has a member; on a GPU its context, which this makes."""
+    if device.kind == "cuda":
+        torch.ones(1, device=_torch_device(device)).add_(1)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device.index)
+        return total - free
+    return memory_in_use(device)
+
+
+def release_memory(device: Device) -> None:
+    """Give back the memory of models that nobody refers to any more; cycles in their graphs are found first."""
+    gc.collect()
+    if device.kind == "cuda":
+        torch.cuda.empty_cache()
+    return_freed_memory()
+
+
+def why_unusable(device: Device) -> str:
+    """Why torch cannot use a GPU that the driver shows; empty where it can, and for CPUs."""
+    if device.kind != "cuda":
+        return ""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: use a worker image with a CUDA build of torch"
+    try:
+        if torch.cuda.device_count() > device.index:
+            torch.zeros(1, device=_torch_device(device))
+            return ""
+        cause = "it sees fewer GPUs"
+    except RuntimeError as error:
+        cause = str(error).splitlines()[0]
+    return f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: {cause}"
 
 
 def rehearse(model_format: str) -> None:
@@ -183,11 +257,12 @@ def _as_model_errors(source: ModelSource, device: Device, batch_size: int) -> It
     except (InvalidArchive, InvalidModel) as error:
         raise ModelError(source.name, source.uri, str(error)) from error
     except OSError as error:
-        raise ModelError(source.name, source.uri, f"cannot be read: {error}") from error
+        raise ModelError(source.name, source.uri, f"cannot be read: {error}", may_pass=True) from error
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
+            # Memory may be free later: another instance leaves, or measuring ends.
             raise OutOfMemory(
-                source.name, source.uri, f"does not fit in memory with {batch_size} rows: {error}"
+                source.name, source.uri, f"does not fit in memory with {batch_size} rows: {error}", may_pass=True
             ) from error
         lost = as_lost(error, device.name)
         if isinstance(lost, DeviceLost):

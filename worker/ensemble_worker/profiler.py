@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
-import resource
+import os
 import statistics
 import sys
 import time
@@ -23,8 +22,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import psutil
-import torch
 
 from ensemble_contract.errors import ContractError
 from ensemble_contract.orphan import die_with_parent
@@ -34,11 +31,9 @@ from ensemble_worker import devices, predictor, signature, storage
 from ensemble_worker.chosen_forms import ChosenForms
 from ensemble_worker.devices import Device
 from ensemble_worker.errors import DeviceUnavailable, InvalidArchive, InvalidModel, ModelError, WorkerError
+from ensemble_worker.meter import Meter, prepare
 from ensemble_worker.signature import Signature
 
-SHARE_OF_FREE_MEMORY = 0.8
-# Threads' stacks and allocators' arenas take more than they fill.
-ALLOCATOR_SLACK_BYTES = 64 << 20
 MIN_RUNS, MAX_RUNS = 3, 1000
 SIZE_S = 0.25
 # A larger batch that is not quick to measure is tried only while the last one brought so much more.
@@ -46,6 +41,7 @@ WORTHWHILE_GAIN = 1.02
 PROGRESS_PERIOD_S = 0.25
 SEED = 3
 USAGE_EXIT = 1
+LEAST_PRIORITY = 19
 
 
 Say = Callable[[dict[str, Any]], None]
@@ -82,55 +78,15 @@ class Measurement:
         }
 
 
-class Meter:
-    """Memory that this process holds on the device beyond what it held when idle."""
-
-    def __init__(self, device: Device) -> None:
-        self._process = psutil.Process()
-        self._cuda = device.kind == "cuda"
-        self.restart()
-
-    def restart(self) -> None:
-        """Take what is in use now for idle."""
-        gc.collect()
-        if self._cuda:
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info()
-            self.idle_bytes = total - free
-        else:
-            predictor.return_freed_memory()
-            self.idle_bytes = self._resident()
-        self.reset_peak()
-
-    def added(self) -> int:
-        """Bytes added now."""
-        return torch.cuda.memory_reserved() if self._cuda else max(0, self._resident() - self.idle_bytes)
-
-    def peak_added(self) -> int:
-        """The most bytes added since `reset_peak`."""
-        if self._cuda:
-            return torch.cuda.max_memory_reserved()
-        return max(0, _status_bytes("VmHWM") - self.idle_bytes, self.added())
-
-    def reset_peak(self) -> None:
-        """Forget earlier peaks (on CPUs as proc(5) says of clear_refs; where that is not allowed, they stay)."""
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
-            return
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def _resident(self) -> int:
-        return int(self._process.memory_info().rss)
-
-
 def main(argv: list[str]) -> int:
     """Measure and print; 0 if there are results, among them errors of the model, 1 if the question was wrong."""
     try:
         options = _parser().parse_args(argv)
         die_with_parent(options.parent_pid)
+        if options.nice:
+            _give_way()
         subject = _read_subject(options.spec)
-        device = _device(options.device, options.cores)
+        device = _device(options.device, options.cores, options.threads)
     except SystemExit as stop:
         return USAGE_EXIT if stop.code else 0
     except (OSError, ContractError, msgspec.DecodeError, WorkerError) as error:
@@ -162,7 +118,7 @@ def measure(
     `budget_s` is for the batches, once the model is loaded. Changes this process: its number of threads and its limit
     of memory. Raises ModelError if the member cannot be loaded, or does not run at its smallest batch size.
     """
-    meter = _prepare(device, memory_limit)
+    meter = prepare(device, memory_limit)
     path = storage.fetch(subject.member, cache_dir, _saying_progress(say))
     told = _told(path, subject.member)
     inputs, outputs = _tensors(subject, told)
@@ -251,34 +207,6 @@ def _rows(inputs: tuple[TensorSpec, ...], size: int) -> list[np.ndarray[Any, np.
     return made
 
 
-def _prepare(device: Device, memory_limit: int | None) -> Meter:
-    """Threads and a first use of torch as an idle worker has them, then the cap."""
-    if device.kind == "cuda":
-        torch.cuda.set_device(device.index)
-        torch.ones(1, device="cuda").add_(1)
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        limit = int(SHARE_OF_FREE_MEMORY * free) if memory_limit is None else memory_limit
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-        return Meter(device)
-    predictor.prepare_cpu(device.cores, pin=False)
-    torch.nn.functional.linear(torch.ones(2, 64), torch.ones(64, 64)).softmax(-1)
-    limit = int(SHARE_OF_FREE_MEMORY * devices.free_memory_bytes()) if memory_limit is None else memory_limit
-    in_use = _status_bytes("VmData")
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    cap = in_use + limit + ALLOCATOR_SLACK_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (cap if hard == resource.RLIM_INFINITY else min(cap, hard), hard))
-    return Meter(device)
-
-
-def _status_bytes(field: str) -> int:
-    """A size from /proc/self/status; 0 where the kernel does not tell."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
 def _told(path: Path, member: ModelSource) -> Signature:
     try:
         return signature.of(path, member.format)
@@ -304,13 +232,27 @@ def _read_subject(spec: str) -> Subject:
     return msgspec.json.decode(text, type=Subject)
 
 
-def _device(name: str, cores: list[int] | None) -> Device:
-    """A device of this machine; with `cores` a CPU partition of them, whatever the machine's default partitions are."""
-    if cores is None:
+def _give_way() -> None:
+    """Leave cores and memory to what serves: the least priority, and the first to end where memory runs out."""
+    os.nice(LEAST_PRIORITY)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _device(name: str, cores: list[int] | None, threads: int) -> Device:
+    """A device of this machine; with `cores` a CPU partition of them, with `threads` a share of all cores.
+
+    These are taken as told, whatever the machine's default partitions are.
+    """
+    if cores is None and not threads:
         return devices.find(name, devices.discover())
     kind, _, index = name.partition("-")
     if kind != "cpu" or not index.isdigit():
-        raise DeviceUnavailable(f"device {name!r}: --cores is for CPU devices, named cpu-0, cpu-1 and so on")
+        raise DeviceUnavailable(
+            f"device {name!r}: --cores and --threads are for CPU devices, named cpu-0, cpu-1 and so on"
+        )
+    if threads or cores is None:
+        return devices.cpu_share(int(index), threads, devices.free_memory_bytes())
     return devices.cpu_device(int(index), cores, devices.free_memory_bytes())
 
 
@@ -332,6 +274,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ensemble_worker measure", description=__doc__, allow_abbrev=False)
     parser.add_argument("--device", required=True, help="cpu-0, cuda-1, ...")
     parser.add_argument("--cores", type=_numbers, metavar="N,N", help="the cores of a CPU device")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="a CPU device's threads, on any cores")
+    parser.add_argument("--nice", action="store_true", help="at the least priority, beside what serves")
     parser.add_argument(
         "--spec", required=True, metavar="FILE|-", help='JSON: {"member": ..., "inputs": ..., "outputs": ...}'
     )

@@ -60,9 +60,9 @@ def fetch(
             return local
         return _fetch_remote(source, cache_dir, progress or _silent, chunk_bytes)
     except _Refused as error:
-        raise ModelError(source.name, source.uri, str(error)) from error
+        raise ModelError(source.name, source.uri, str(error), may_pass=error.may_pass) from error
     except OSError as error:
-        raise ModelError(source.name, source.uri, _explain(error, cache_dir)) from error
+        raise ModelError(source.name, source.uri, _explain(error, cache_dir), may_pass=True) from error
 
 
 def default_cache_dir() -> Path:
@@ -106,7 +106,11 @@ def at_most_every(period_s: float, report: Progress) -> Progress:
 
 
 class _Refused(Exception):
-    """The file cannot be had; the message is the cause."""
+    """The file cannot be had; the message is the cause. `may_pass`: perhaps later it can."""
+
+    def __init__(self, cause: str, *, may_pass: bool = True) -> None:
+        super().__init__(cause)
+        self.may_pass = may_pass
 
 
 def _silent(done: int, total: int | None) -> None:
@@ -126,7 +130,8 @@ def _check_digest(path: Path, sha256: str) -> None:
     with path.open("rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != sha256.lower():
-        raise _Refused(f"its sha256 is {actual}, declared is {sha256}: another file, or changed since")
+        # Downloading it again and again would cost much and bring the same.
+        raise _Refused(f"its sha256 is {actual}, declared is {sha256}: another file, or changed since", may_pass=False)
 
 
 def _fetch_remote(source: ModelSource, cache_dir: Path, progress: Progress, chunk_bytes: int) -> Path:
@@ -154,14 +159,17 @@ def _filesystem(uri: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError as error:
-        raise _Refused("remote models need fsspec: pip install 'ensemble-operator[worker]'") from error
+        cause = "remote models need fsspec: pip install 'ensemble-operator[worker]'"
+        raise _Refused(cause, may_pass=False) from error
     scheme = urllib.parse.urlsplit(uri).scheme
     try:
         filesystem, remote = fsspec.core.url_to_fs(uri, skip_instance_cache=True, use_listings_cache=False)
     except ImportError as error:
-        raise _Refused(f"{scheme}: needs more packages: pip install 'ensemble-operator[storage]' ({error})") from error
+        cause = f"{scheme}: needs more packages: pip install 'ensemble-operator[storage]' ({error})"
+        raise _Refused(cause, may_pass=False) from error
     except ValueError as error:
-        raise _Refused(f"{scheme}: is not a place that models can be fetched from ({error})") from error
+        cause = f"{scheme}: is not a place that models can be fetched from ({error})"
+        raise _Refused(cause, may_pass=False) from error
     return filesystem, str(remote)
 
 

@@ -106,6 +106,7 @@ def test_several_counts_are_several_problems() -> None:
         (lambda d: d.update(devics=[]), r"document\.devics: unknown field; known are name, source"),
         (lambda d: d.update(members={"a": 1}), r"document\.members: expected a list"),
         (lambda d: d.update(batchSizes=["8"]), r"batchSizes\[0\]: expected a whole number, got '8'"),
+        (lambda d: d["devices"].clear(), r"devices: at least one device is needed"),
         (lambda d: d["devices"][0].update(count=True), r"devices\[0\]\.count: expected a whole number, got True"),
         (lambda d: d["devices"][0].update(count=-1), r"counts must not be negative"),
         (lambda d: d["devices"][0].update(count=10**9), r"1 to 100000 devices"),

@@ -28,7 +28,7 @@ def load(path: Path, device: Device) -> Loaded:
 
     Raises InvalidModel if onnxruntime is not installed or the model has no batch, InvalidArchive if it cannot be read.
     """
-    session = _session(path, device.cores, device.index if device.kind == "cuda" else None)
+    session = _session(path, device.thread_count, device.index if device.kind == "cuda" else None)
     names = [given.name for given in session.get_inputs()]
 
     def call(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -40,7 +40,7 @@ def load(path: Path, device: Device) -> Loaded:
 
 def signature(path: Path) -> Signature:
     """What an ONNX file says of its inputs and outputs. Raises as `load` does."""
-    return _signature(_session(path, (0,), None))
+    return _signature(_session(path, 1, None))
 
 
 def _runtime() -> types.ModuleType:
@@ -52,10 +52,10 @@ def _runtime() -> types.ModuleType:
     return found
 
 
-def _session(path: Path, cores: Sequence[int], gpu: int | None) -> Any:
+def _session(path: Path, threads: int, gpu: int | None) -> Any:
     runtime = _runtime()
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = max(1, len(cores))
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     providers: list[Any] = ["CPUExecutionProvider"]

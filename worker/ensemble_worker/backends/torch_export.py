@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,31 @@ def _scripted(graph: torch.fx.GraphModule, images: tuple[bool, ...] | None = Non
     module.recompile()
     if channels_last:
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    scripted: torch.jit.ScriptModule = torch.jit.script(module)
-    return scripted.eval()
+    return _of_its_own(torch.jit.script(module).eval())
+
+
+def _of_its_own(scripted: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """The same module, read back from its code without its weights, which both share.
+
+    Whatever torch.jit.script makes in a process belongs to one compilation unit that lives as long as the process, and
+    with it the weights that freezing folds into the code; what is read back has a unit of its own.
+    """
+    weights = {
+        (path, name): tensor
+        for path, module in scripted.named_modules()
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    }
+    code = io.BytesIO()
+    originals = dict(scripted.named_modules())
+    for (path, name), tensor in weights.items():
+        originals[path]._c.setattr(name, torch.empty(0, dtype=tensor.dtype))
+    torch.jit.save(scripted, code)
+    code.seek(0)
+    read: torch.jit.ScriptModule = torch.jit.load(code)  # type: ignore[no-untyped-call]
+    modules = dict(read.named_modules())
+    for (path, name), tensor in weights.items():
+        modules[path]._c.setattr(name, tensor.detach())
+    return read.eval()
 
 
 def _use_scriptable_target(node: torch.fx.Node) -> None:

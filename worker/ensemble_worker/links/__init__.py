@@ -65,7 +65,7 @@ class LinkServer(Protocol):
         """Tell every gateway the State again."""
 
     def close(self) -> None:
-        """Say goodbye to every gateway and stop accepting."""
+        """Say goodbye to every gateway, which takes back what it has in flight here; the executor has ended."""
 
 
 class NoRows:

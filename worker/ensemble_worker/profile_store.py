@@ -1,0 +1,93 @@
+"""What measuring has found out, kept in a folder so that no worker measures anything twice.
+
+A file for each model digest, class of device and version of the libraries that run it. Files are only ever replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ensemble_contract.plan import ModelSource
+
+_LOG = logging.getLogger(__name__)
+
+# A profile of other versions of these is of another program.
+LIBRARIES = ("torch", "onnxruntime")
+
+
+class Point(msgspec.Struct, frozen=True, rename="camel"):
+    """One batch size: `memory_bytes` is what the instance adds to an idle worker, `spread` as in `Measurement`."""
+
+    batch_size: int
+    rows_per_s: float
+    latency_s: float
+    memory_bytes: int
+    spread: float = 0.0
+    form: str = ""
+
+
+class Found(msgspec.Struct, frozen=True, rename="camel"):
+    """What is known of a model on a class of device. `signature` is what the model file tells of its tensors."""
+
+    signature: dict[str, Any] | None = None
+    overhead_bytes: int = 0
+    points: tuple[Point, ...] = ()
+
+    def with_point(self, point: Point) -> Found:
+        """The same, and one batch size more; ascending."""
+        points = [point, *(one for one in self.points if one.batch_size != point.batch_size)]
+        return msgspec.structs.replace(self, points=tuple(sorted(points, key=lambda one: one.batch_size)))
+
+    def missing(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """The batch sizes that are still to be measured, ascending; a model of one fixed batch has no other."""
+        known = {point.batch_size for point in self.points}
+        if known and (self.signature or {}).get("fixedBatch") in known:
+            return ()
+        return tuple(sorted(set(sizes) - known))
+
+
+class ProfileStore:
+    """Results by model, in memory and, with a folder, on disk."""
+
+    def __init__(self, folder: Path | None, device_class: str) -> None:
+        self._folder = folder
+        self._device_class = device_class
+        self._known: dict[str, Found] = {}
+
+    def recall(self, source: ModelSource) -> Found:
+        """What is known; what is on disk but cannot be believed is measured again."""
+        key = self._key(source)
+        if key not in self._known and self._folder is not None:
+            with suppress(OSError, msgspec.DecodeError):
+                self._known[key] = msgspec.json.decode((self._folder / f"{key}.json").read_bytes(), type=Found)
+        return self._known.get(key, Found())
+
+    def keep(self, source: ModelSource, found: Found) -> None:
+        """Remember it. A folder that cannot be written costs another measurement after a restart, and no more."""
+        key = self._key(source)
+        self._known[key] = found
+        if self._folder is None:
+            return
+        draft = self._folder / f"{key}.{os.getpid()}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            draft.write_bytes(msgspec.json.encode(found))
+            draft.replace(self._folder / f"{key}.json")
+        except OSError as error:
+            _LOG.warning("profiles are not kept for a restart: %s", error)
+
+    def _key(self, source: ModelSource) -> str:
+        versions = {}
+        for library in LIBRARIES:
+            with suppress(importlib.metadata.PackageNotFoundError):
+                versions[library] = importlib.metadata.version(library)
+        parts = (source.digest, source.format, self._device_class, versions)
+        return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
