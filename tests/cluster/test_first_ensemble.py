@@ -1,0 +1,195 @@
+"""From `helm install` to an answer, and what may happen then: in the order in which a person would do it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+import pytest
+import tritonclient.http as v2
+from charts.tiny import WIDTH, tiny_network
+
+from tests.cluster.cluster import Cluster, Manifest, pod, until
+
+NAME = "numbers"
+FACTORS = {"two": 2.0, "four": 4.0}
+READY_S = 120
+ASK = """
+import json, sys, urllib.request
+tensor = {"name": "numbers", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}
+url, name = sys.argv[1:]
+request = urllib.request.Request(f"{url}/v2/models/{name}/infer", json.dumps({"inputs": [tensor]}).encode(),
+                                 {"Content-Type": "application/json"})
+print(urllib.request.urlopen(request, timeout=10).read().decode())
+"""
+
+
+def ensemble(count: int = 1) -> Manifest:
+    """Two members that multiply by two and by four; their mean multiplies by three."""
+    members = [
+        {"name": name, "model": {"uri": f"http://models:8080/{name}.onnx"}, "format": "onnx"} for name in FACTORS
+    ]
+    spec = {
+        "members": members,
+        "input": {"name": "numbers", "datatype": "FP32", "shape": [WIDTH]},
+        "output": {"name": "doubled", "datatype": "FP32", "shape": [WIDTH]},
+        "devices": {"count": count, "resource": "cpu", "cores": "100m", "memory": "1Gi"},
+        "batching": {"sizes": [1, 8], "maxQueueBytes": "16Mi"},
+        "planning": {"profileBudget": "10s"},
+        "gateway": {"replicas": 2},
+    }
+    api = "ensemble-operator.io/v1alpha1"
+    return {"apiVersion": api, "kind": "InferenceEnsemble", "metadata": {"name": NAME}, "spec": spec}
+
+
+@pytest.fixture(scope="module")
+def models(cluster: Cluster, namespace: str) -> None:
+    """The model files behind HTTP, as the Service `models`."""
+    files = {f"{name}.onnx": base64.b64encode(tiny_network(factor)).decode() for name, factor in FACTORS.items()}
+    cluster.apply(
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "models"}, "binaryData": files}, namespace
+    )
+    server = pod("models", cluster.image("gateway"), ("python", "-m", "http.server", "8080", "-d", "/files"), "models")
+    server["metadata"]["labels"] = {"app": "models"}
+    cluster.apply(server, namespace)
+    spec = {"selector": {"app": "models"}, "ports": [{"port": 8080}]}
+    cluster.apply({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "models"}, "spec": spec}, namespace)
+    cluster.kubectl("wait", "--for=condition=Ready", "pod/models", "-n", namespace, "--timeout=60s", timeout_s=90)
+
+
+@pytest.fixture(scope="module")
+def ready(cluster: Cluster, system: str, namespace: str, models: None) -> float:
+    """The ensemble was applied and is Ready; the seconds that it took."""
+    began = time.monotonic()
+    cluster.apply(ensemble(), namespace)
+    wait_ready(cluster, namespace)
+    return time.monotonic() - began
+
+
+def wait_ready(cluster: Cluster, namespace: str) -> None:
+    def is_ready() -> bool:
+        conditions = status(cluster, namespace).get("conditions", [])
+        return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+    until(is_ready, READY_S, "Ready", lambda: explanation(cluster, namespace))
+
+
+def status(cluster: Cluster, namespace: str) -> dict[str, Any]:
+    found: dict[str, Any] = cluster.get("inferenceensemble", NAME, "-n", namespace).get("status", {})
+    return found
+
+
+def explanation(cluster: Cluster, namespace: str) -> str:
+    """What a person would look at."""
+    described = cluster.kubectl("describe", "inferenceensemble", NAME, "-n", namespace)
+    pods = cluster.kubectl("get", "pods", "-n", namespace, "-o", "wide")
+    logs = cluster.kubectl("logs", "-n", namespace, "-l", f"ensemble-operator.io/ensemble={NAME}", "--tail=15")
+    return f"{described}\n{pods}\n{logs}"
+
+
+def answer(cluster: Cluster, namespace: str) -> list[float]:
+    """What the ensemble's Service answers to 1, 2, 3, 4, asked from a pod."""
+    printed = cluster.run_pod(namespace, "gateway", "python", "-c", ASK, f"http://{NAME}:8000", NAME)
+    numbers: list[float] = json.loads(printed)["outputs"][0]["data"]
+    return numbers
+
+
+@contextlib.contextmanager
+def forwarded(namespace: str) -> Iterator[str]:
+    """HOST:PORT here of the ensemble's Service."""
+    command = ["kubectl", "port-forward", f"service/{NAME}", ":8000", "-n", namespace]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            port = re.search(r"127\.0\.0\.1:(\d+)", line)
+            assert port is not None, line
+            yield f"127.0.0.1:{port[1]}"
+        finally:
+            process.terminate()
+
+
+def test_it_is_ready_and_answers_a_pod(cluster: Cluster, namespace: str, ready: float) -> None:
+    assert answer(cluster, namespace) == [3, 6, 9, 12]
+    assert ready < READY_S
+
+
+def test_a_stock_client_gets_the_same_answer_and_each_members(cluster: Cluster, namespace: str, ready: float) -> None:
+    rows = numpy.arange(2 * WIDTH, dtype=numpy.float32).reshape(2, WIDTH)
+    tensor = v2.InferInput("numbers", list(rows.shape), "FP32")
+    tensor.set_data_from_numpy(rows)
+    with forwarded(namespace) as address, v2.InferenceServerClient(address) as client:
+        result = client.infer(NAME, [tensor], parameters={"members": True})
+    numpy.testing.assert_array_equal(result.as_numpy("doubled"), 3 * rows)
+    for name, factor in FACTORS.items():
+        numpy.testing.assert_array_equal(result.as_numpy(f"{name}.doubled"), factor * rows)
+
+
+def test_kubectl_shows_what_a_person_needs(cluster: Cluster, namespace: str, ready: float) -> None:
+    head, row = cluster.kubectl("get", "ie", NAME, "-n", namespace).splitlines()
+    assert head.split() == ["NAME", "READY", "MEMBERS", "DEVICES", "THROUGHPUT", "URL", "AGE"]
+    name, is_ready, members, devices, throughput, url, _ = row.split()
+    assert (name, is_ready, members, devices) == (NAME, "True", "2/2", "1/1")
+    assert float(throughput) > 0
+    assert url == f"http://{NAME}.{namespace}.svc:8000"
+
+
+def test_no_pod_of_it_has_a_token(cluster: Cluster, namespace: str, ready: float) -> None:
+    pods = cluster.get("pods", "-n", namespace, "-l", f"ensemble-operator.io/ensemble={NAME}")["items"]
+    assert {p["metadata"]["labels"]["app.kubernetes.io/component"] for p in pods} == {"worker", "gateway"}
+    for found in pods:
+        assert not [volume for volume in found["spec"]["volumes"] if "projected" in volume]
+
+
+def test_devices_are_scaled_up_and_down(cluster: Cluster, namespace: str, ready: float) -> None:
+    for count in (2, 1):
+        cluster.kubectl("scale", f"ie/{NAME}", f"--replicas={count}", "-n", namespace)
+
+        def settled(count: int = count) -> bool:
+            found = status(cluster, namespace)
+            rows = len(found.get("allocation", {}).get("rows", []))
+            return (found["devices"]["summary"], rows, found["replicas"]) == (f"{count}/{count}", count, count)
+
+        until(settled, READY_S, f"{count} devices", lambda: explanation(cluster, namespace))
+        assert answer(cluster, namespace) == [3, 6, 9, 12]
+
+
+def test_a_deleted_worker_returns(cluster: Cluster, namespace: str, ready: float) -> None:
+    before = cluster.get("pod", f"{NAME}-worker-0", "-n", namespace)["metadata"]["uid"]
+    cluster.kubectl("delete", "pod", f"{NAME}-worker-0", "-n", namespace, "--wait=false")
+
+    def is_back() -> bool:
+        pods = cluster.get("pods", "-n", namespace, "-l", f"ensemble-operator.io/ensemble={NAME}")["items"]
+        found = [p for p in pods if p["metadata"]["name"] == f"{NAME}-worker-0"]
+        return bool(found) and found[0]["metadata"]["uid"] != before
+
+    until(is_back, 60, "a new worker")
+    wait_ready(cluster, namespace)
+    assert answer(cluster, namespace) == [3, 6, 9, 12]
+
+
+def test_helm_test_serves_an_ensemble_of_its_own(cluster: Cluster, system: str) -> None:
+    said = cluster.helm("test", "ensembles", "--namespace", system, "--timeout", "150s", timeout_s=170)
+    assert "Succeeded" in said
+    until(lambda: not cluster.get("ie", "-n", system)["items"], 30, "the tested ensemble is gone")
+
+
+def test_serving_goes_on_without_the_operator(cluster: Cluster, system: str, namespace: str, ready: float) -> None:
+    cluster.helm("uninstall", "ensembles", "--namespace", system, "--wait")
+    assert cluster.get("ie", NAME, "-n", namespace)["spec"]["members"]
+    assert answer(cluster, namespace) == [3, 6, 9, 12]
+    cluster.kubectl("delete", "ie", NAME, "-n", namespace)
+    until(lambda: not children(cluster, namespace), 60, "its children are gone", lambda: children(cluster, namespace))
+
+
+def children(cluster: Cluster, namespace: str) -> list[str]:
+    kinds = "pods,statefulsets,deployments,services,configmaps,secrets,serviceaccounts,networkpolicies,pdb"
+    found = cluster.get(kinds, "-n", namespace, "-l", f"ensemble-operator.io/ensemble={NAME}")["items"]
+    return [f"{item['kind']} {item['metadata']['name']}" for item in found]
