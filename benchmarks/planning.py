@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from ensemble_operator.allocation.described import described
+from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.options import PlanOptions
 from ensemble_operator.allocation.planner import plan
 from ensemble_operator.allocation.problem import Problem
@@ -59,14 +60,13 @@ class Cost:
     peak_mib: float
 
 
-def best_batch_only(problem: Problem) -> float:
+def best_batch_only(problem: Problem) -> Matrix:
     """Worst-fit's placement, every member at its fastest batch size as far as memory allows."""
     fastest: dict[tuple[str, str], tuple[float, int]] = {}
     for profile in problem.profiles:
         key = profile.member, profile.device_class
         fastest[key] = max(fastest.get(key, (0.0, 0)), (profile.rows_per_s, profile.batch_size))
-    matrix = fill(problem, worst_fit(problem), lambda member, kind: fastest.get((member, kind), (0.0, 0))[1], copies=1)
-    return rows_per_s(problem, matrix)
+    return fill(problem, worst_fit(problem), lambda member, kind: fastest.get((member, kind), (0.0, 0))[1], copies=1)
 
 
 def compare(cluster: str, devices: str, problem: Problem) -> Comparison:
@@ -81,7 +81,7 @@ def compare(cluster: str, devices: str, problem: Problem) -> Comparison:
         cluster=cluster,
         devices=devices,
         worst_fit=rows_per_s(problem, worst_fit(problem)),
-        best_batch=best_batch_only(problem),
+        best_batch=rows_per_s(problem, best_batch_only(problem)),
         greedy_paper=paper.predicted_rows_per_s,
         ours=ours.predicted_rows_per_s,
         exact=exact.predicted_rows_per_s,
@@ -91,6 +91,16 @@ def compare(cluster: str, devices: str, problem: Problem) -> Comparison:
         ours_seconds=ours.seconds,
         exact_seconds=exact.seconds,
     )
+
+
+def comparisons(*, quick: bool) -> list[Comparison]:
+    """Every described cluster; of a series of device counts only the first and the last if `quick`."""
+    compared = []
+    for path in sorted(EXAMPLES.glob("*.yaml")):
+        cluster = described(yaml.safe_load(path.read_text()))
+        problems = (cluster.problems[0], cluster.problems[-1]) if quick else cluster.problems
+        compared += [compare(cluster.name, label, problem) for label, problem in dict(problems).items()]
+    return compared
 
 
 def cost_of(count: int) -> Cost:
@@ -140,19 +150,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--plot", type=Path, help="also draw the growth of planning cost to this file")
     arguments = parser.parse_args()
-    comparisons = []
-    for path in sorted(EXAMPLES.glob("*.yaml")):
-        cluster = described(yaml.safe_load(path.read_text()))
-        problems = (cluster.problems[0], cluster.problems[-1]) if arguments.quick else cluster.problems
-        comparisons += [compare(cluster.name, label, problem) for label, problem in dict(problems).items()]
-    print_comparisons(comparisons)
+    compared = comparisons(quick=arguments.quick)
+    print_comparisons(compared)
     costs = [cost_of(count) for count in GROWTH]
     print("\n| devices | members | gap | seconds | peak MiB |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     for cost in costs:
         print(f"| {cost.devices} | {cost.members} | {cost.gap:.2%} | {cost.seconds:.1f} | {cost.peak_mib:.0f} |")
     if arguments.json:
-        figures = {"clusters": [asdict(c) for c in comparisons], "growth": [asdict(c) for c in costs]}
+        figures = {"clusters": [asdict(c) for c in compared], "growth": [asdict(c) for c in costs]}
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
     if arguments.plot:
         plot(costs, arguments.plot)

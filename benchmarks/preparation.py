@@ -53,6 +53,11 @@ def prepare(name: str, cache: Path = CACHE) -> Workload:
     raise ValueError(f"workload {name!r}: must be one of {', '.join(NAMES)}")
 
 
+def run_script(path: Path) -> None:
+    """Run an example's script that makes its models."""
+    subprocess.run([sys.executable, str(path)], check=True)
+
+
 def make(
     name: str,
     folder: Path,
@@ -82,7 +87,7 @@ def _imagenet(folder: Path) -> Workload:
     resource = yaml.safe_load((IMAGENET_LITE / "ensemble.yaml").read_text())["spec"]
     paths = {m["name"]: _local_path(m["model"]["uri"]) for m in resource["members"]}
     if not all(p.exists() for p in paths.values()):
-        subprocess.run([sys.executable, str(IMAGENET_LITE / "export.py")], check=True)
+        run_script(IMAGENET_LITE / "export.py")
     spec, output = msgspec.convert(resource["input"], TensorSpec), msgspec.convert(resource["output"], TensorSpec)
     generator = np.random.default_rng(1)
     # Coarse blobs, not noise: networks trained on photographs answer all noise alike.

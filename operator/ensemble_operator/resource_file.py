@@ -29,8 +29,15 @@ def load(path: Path) -> InferenceEnsemble:
 
     Raises ResourceUnreadable if there is no such text, InvalidSpec with all that is wrong with it otherwise.
     """
-    ensemble = parse_yaml(_read(path), source=str(path))
-    folder = path.resolve().parent
+    return parse_text(read(path), str(path), path.resolve().parent)
+
+
+def parse_text(text: str, source: str, folder: Path) -> InferenceEnsemble:
+    """The resource in a text; `source` names it in errors, and relative paths are taken from `folder`.
+
+    Raises InvalidSpec with all that is wrong with it.
+    """
+    ensemble = parse_yaml(text, source=source)
     spec = ensemble.spec
     members = tuple(replace(m, model=replace(m.model, uri=absolute_uri(m.model.uri, folder))) for m in spec.members)
     labels = {
@@ -85,7 +92,11 @@ def with_real_digest(member: Member) -> Member:
     return replace(member, model=replace(member.model, sha256=digest))
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """The text of a resource's file.
+
+    Raises ResourceUnreadable.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_RESOURCE_BYTES + 1)

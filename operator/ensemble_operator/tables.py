@@ -35,7 +35,8 @@ class LiveView:
 
     url: str
     rows_per_s: float
-    mean_latency_s: float | None
+    p50_s: float | None
+    p99_s: float | None
     requests: int
     failures: int
     store_bytes: int
@@ -117,4 +118,6 @@ def one_line(view: LiveView) -> str:
 
 
 def _latency(view: LiveView) -> str:
-    return "" if view.mean_latency_s is None else f" at {view.mean_latency_s * 1000:,.1f} ms each"
+    if view.p50_s is None or view.p99_s is None:
+        return ""
+    return f" at {view.p50_s * 1000:,.1f} ms (p50), {view.p99_s * 1000:,.1f} ms (p99)"

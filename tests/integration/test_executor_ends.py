@@ -155,3 +155,81 @@ async def test_batches_of_a_gateway_that_has_gone_are_not_run(
             assert worker.running[1].failures == 0
             assert worker.lost == []
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("serial", [True, False])
+async def test_an_instance_that_leaves_answers_what_it_was_given(
+    path: Path, members: dict[int, Predictor], serial: bool
+) -> None:
+    """Batches that were received run; those that come later are unknown. The others run on."""
+    held = Held(members[1])
+    async with working(Worker(shared(path), {1: held, 2: members[2]}, serial=serial)) as worker:
+        with shared_stranger(path) as other:
+            await greeted(other)
+            other.write(run([1], (0, 4)), run([1], (4, 4)), run([1], (8, 4)))
+            await until(lambda: held.calls == 1)
+            gone = threading.Event()
+            worker.running[1].withdrawn = True
+            assert [one.id for one in worker.executor.instances()] == [2]
+            if not serial:
+                await until(lambda: worker.running[1].queue.qsize() == 2)
+            worker.executor.remove(1, gone.set)
+            assert not gone.wait(0.05)
+            assert worker.executor.busy_s() > 0.04
+            held.gate.set()
+            answers: list[wire.Message] = []
+
+            def all_answered() -> bool:
+                answers.extend(map(wire.decode, other.from_worker.pop_all()))
+                return len(answers) >= 3
+
+            await until(all_answered)
+            assert [type(answer) for answer in answers] == [Result] * 3
+            await until(gone.is_set)
+            assert held.calls == 3
+            assert worker.executor.busy_s() == 0.0
+            other.write(run([1], (0, 4)))
+            answer = await other.answer()
+            assert isinstance(answer, wire.Failed)
+            assert answer.code is wire.FailureCode.UNKNOWN_INSTANCE
+            other.write(run([2], (0, 4)))
+            assert isinstance(await other.answer(), Result)
+        assert worker.lost == []
+
+
+async def test_a_parallel_device_is_busy_since_its_oldest_batch_began(
+    path: Path, members: dict[int, Predictor]
+) -> None:
+    slow, quick = Held(members[1]), Held(members[2])
+    quick.gate.set()
+    async with working(Worker(shared(path), {1: slow, 2: quick}, serial=False)) as worker:
+        with shared_stranger(path) as other:
+            await greeted(other)
+            other.write(run([1], (0, 4)))
+            await until(lambda: slow.calls == 1)
+            await until(lambda: worker.executor.busy_s() > 0.1)
+            other.write(run([2], (0, 4)))
+            assert isinstance(await other.answer(), Result)
+            assert worker.executor.busy_s() > 0.1
+            slow.gate.set()
+            assert isinstance(await other.answer(), Result)
+            await until(lambda: worker.executor.busy_s() == 0.0)
+
+
+async def test_an_executor_that_stops_leaves_no_thread(path: Path, members: dict[int, Predictor]) -> None:
+    """Also where batches wait: the one that runs is the last."""
+    held = Held(members[1])
+    async with working(Worker(shared(path), {1: held, 2: members[2]}, serial=False)) as worker:
+        with shared_stranger(path) as other:
+            await greeted(other)
+            other.write(run([1], (0, 4)), run([1], (4, 4)))
+            await until(lambda: held.calls == 1)
+            worker.executor.stop()
+            left = threading.Event()
+            worker.executor.remove(2, left.set)
+            held.gate.set()
+            assert isinstance(await other.answer(), Result)
+            await until(lambda: not worker.executor.is_alive())
+            await until(lambda: not {"executor", "m1", "m2"} & {one.name for one in threading.enumerate()})
+            assert left.is_set()
+            assert held.calls == 1

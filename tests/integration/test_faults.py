@@ -79,7 +79,9 @@ async def back(workers: Workers, local: LocalGateway, index: int) -> None:
 
 def instances(local: LocalGateway, worker: str) -> list[int]:
     """The members that the gateway has live on a worker."""
-    return [instance.member for name, instance in local.gateway.pipeline.engine.dispatcher.instances() if name == worker]
+    return [
+        instance.member for name, instance in local.gateway.pipeline.engine.dispatcher.instances() if name == worker
+    ]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
 from ensemble_gateway.metrics import ENSEMBLE, Failure
-from ensemble_gateway.routes import OFF_LOOP_BYTES
+from ensemble_gateway.offloop import OFF_LOOP_BYTES
 from tests.support.in_place_gateway import (
     CLASSES,
     DEADLINE_S,

@@ -19,7 +19,8 @@ def ask(url: str, name: str) -> list[float]:
     body = json.dumps({"inputs": [tensor]}).encode()
     request = urllib.request.Request(f"{url}/v2/models/{name}/infer", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=10) as answer:
-        return json.load(answer)["outputs"][0]["data"]
+        numbers: list[float] = json.load(answer)["outputs"][0]["data"]
+    return numbers
 
 
 def main(url: str, name: str) -> int:

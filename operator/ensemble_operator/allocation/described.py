@@ -60,6 +60,8 @@ def _described(document: object) -> Described:
     top = _fields(document, "document", _FIELDS, required=("name", "source", "batchSizes", "devices", "members"))
     sizes = tuple(_typed(size, int, f"batchSizes[{i}]") for i, size in enumerate(top["batchSizes"]))
     devices = list(_items(top, "devices", _DEVICE_FIELDS, ("class", "kind", "capacityMiB")))
+    if not devices:
+        raise _Fault("devices: at least one device is needed")
     members = list(_items(top, "members", _MEMBER_FIELDS, ("name",)))
     measured = [_profile(entry) for entry in _items(top, "profiles", _PROFILE_FIELDS, tuple(_PROFILE_FIELDS))]
     known = {(p.member, p.device_class, p.batch_size) for p in measured}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,38 +16,89 @@ from ensemble_operator.allocation.strategies import Evaluate, Outcome, most
 from ensemble_operator.allocation.tables import Ints
 from ensemble_operator.allocation.throughput import rows_per_s
 
+# Trials of clusters with many devices descend less often.
+_MOST_DESCENTS_X_DEVICES = 2000
+# Between a number that is too small and one that is enough.
+_HALVINGS = 3
+# Where the members do not even fit, so large a share of devices more is asked for.
+_WITHOUT_A_PLAN = 0.1
+
 
 def fewest(problem: Problem, options: PlanOptions, evaluate: Evaluate | None = None) -> tuple[Outcome, int]:
     """A plan over the fewest devices that reach the target, and the proven least number of devices.
 
-    The program over pools says how many devices of each pool are needed at least; those listed first are planned, and
-    while their plan misses the target, one more is asked for. Where even all devices are too few, the plan is the one
-    with the largest throughput, and the least number is one more than there are. Raises DoesNotFit.
+    The program over pools says how many devices of each pool are needed at least; those listed first are planned. A
+    plan that misses the target says in proportion how many more to ask for, and between too few and enough the number
+    is halved. Where even all devices are too few, the plan is the one with the largest throughput, and the least
+    number is one more than there are. Raises DoesNotFit.
     """
-    tables, target = problem.tables, options.target_rows_per_s
-    groups, limits = Groups.pooled(tables), Limits(time_s=options.time_limit_s)
-    tried: list[str] = []
-    least, at_least = 0, 1
-    while at_least <= len(problem.devices):
-        found = fewest_devices(tables, groups, limits, target, at_least)
-        if not tried:
-            least = _whole(found.bound, len(problem.devices))
-            tried.append(f"proven for {target:.6g} rows/s: at least {least} devices")
-        if found.used is None:
+    asked = _Asked(problem, options, evaluate)
+    least = asked.least()
+    enough, too_few, at_least = None, least - 1, 1
+    while at_least <= len(problem.devices) and (trial := asked.trial(at_least)) is not None:
+        if trial.reaches:
+            enough = trial
             break
-        used = np.rint(found.used).astype(np.int64)
-        outcome = _over(problem, options, evaluate, used)
-        tried.append(f"{_listed(problem, used)}: {_verdict(problem, outcome, target)}")
-        if outcome is not None and _reached(problem, outcome) >= target:
-            return replace(outcome, tried=(*tried, *outcome.tried)), least
-        at_least = int(used.sum()) + 1
+        too_few = trial.devices
+        at_least = too_few + max(1, math.ceil(too_few * min(1.0, trial.missing)))
+        # All of them are tried before more than all are asked for.
+        at_least = min(at_least, len(problem.devices)) if too_few < len(problem.devices) else at_least
+    for _ in range(_HALVINGS):
+        if enough is None or enough.devices - too_few <= 1:
+            break
+        trial = asked.trial((enough.devices + too_few) // 2)
+        if trial is None or trial.devices >= enough.devices:
+            break
+        enough, too_few = (trial, too_few) if trial.reaches else (enough, trial.devices)
+    if enough is not None and enough.outcome is not None:
+        return replace(enough.outcome, tried=(*asked.tried, *enough.outcome.tried)), least
     outcome = most(problem, options, evaluate)
-    missed = f"all {len(problem.devices)} devices: {_verdict(problem, outcome, target)}"
-    return replace(outcome, tried=(*tried, missed, *outcome.tried)), least
+    missed = f"all {len(problem.devices)} devices: {_verdict(problem, outcome, options.target_rows_per_s)}"
+    return replace(outcome, tried=(*asked.tried, missed, *outcome.tried)), least
 
 
-def _whole(bound: float, devices: int) -> int:
-    return math.ceil(bound - 1e-6) if math.isfinite(bound) else devices + 1
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A plan over so many devices; `missing` is the share of the target that it lacks, beyond what it has."""
+
+    devices: int
+    outcome: Outcome | None
+    missing: float
+
+    @property
+    def reaches(self) -> bool:
+        return self.missing <= 0
+
+
+class _Asked:
+    """The question, and what has been tried of it."""
+
+    def __init__(self, problem: Problem, options: PlanOptions, evaluate: Evaluate | None) -> None:
+        self._problem, self._evaluate = problem, evaluate
+        iterations = max(1, min(options.max_iterations, _MOST_DESCENTS_X_DEVICES // len(problem.devices)))
+        self._options = replace(options, max_iterations=iterations) if options.max_iterations else options
+        self._groups, self._limits = Groups.pooled(problem.tables), Limits(time_s=options.time_limit_s)
+        self.tried: list[str] = []
+
+    def least(self) -> int:
+        """The proven least number of devices; one more than there are if all are too few."""
+        target = self._options.target_rows_per_s
+        found = fewest_devices(self._problem.tables, self._groups, self._limits, target)
+        least = math.ceil(found.bound - 1e-6) if math.isfinite(found.bound) else len(self._problem.devices) + 1
+        self.tried.append(f"proven for {target:.6g} rows/s: at least {least} devices")
+        return least
+
+    def trial(self, at_least: int) -> _Trial | None:
+        """The plan over the devices that the program takes when it must take so many; None if none are enough."""
+        problem, target = self._problem, self._options.target_rows_per_s
+        found = fewest_devices(problem.tables, self._groups, self._limits, target, at_least)
+        if found.used is None:
+            return None
+        used = np.rint(found.used).astype(np.int64)
+        outcome = _over(problem, self._options, self._evaluate, used)
+        self.tried.append(f"{_listed(problem, used)}: {_verdict(problem, outcome, target)}")
+        reached = _reached(problem, outcome) if outcome is not None else 0.0
+        return _Trial(int(used.sum()), outcome, target / reached - 1 if reached else _WITHOUT_A_PLAN)
 
 
 def _over(problem: Problem, options: PlanOptions, evaluate: Evaluate | None, used: Ints) -> Outcome | None:

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ensemble_operator.allocation.exchanges import exchanges, repacked
 from ensemble_operator.allocation.layout import Layout, Line
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.memory import is_feasible
-from ensemble_operator.allocation.moves import Surroundings, together
+from ensemble_operator.allocation.moves import Move, Surroundings, together
 from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.allocation.tables import Tables
-from ensemble_operator.allocation.throughput import Solution, solve
+from ensemble_operator.allocation.throughput import Memo, Solution, solve
 
 Score = Callable[[Matrix], float]
 
@@ -31,11 +32,15 @@ class SearchStopped(Exception):
 
 @dataclass(slots=True)
 class Trace:
-    """What a search did: how much it scored, the best score after each improvement, and the layouts it solved."""
+    """What a search did: how much it scored, the best score after each improvement, and the layouts it solved.
+
+    `parts` are solved programs to be used again.
+    """
 
     evaluations: int = 0
     steps: list[float] = field(default_factory=list)
     solved: dict[Layout, float] = field(default_factory=dict)
+    parts: Memo = field(default_factory=dict)
 
 
 def greedy_paper(
@@ -116,7 +121,7 @@ def greedy(tables: Tables, starts: list[Layout], effort: Effort, trace: Trace) -
     for iteration in range(effort.max_iterations):
         if best.solution.rows_per_s >= effort.goal_rows_per_s or effort.is_spent(trace):
             break
-        fresh = points[iteration] if iteration < len(points) else _solved(tables, _disturbed(best.layout, draw), trace)
+        fresh = points[iteration] if iteration < len(points) else _solved(tables, _other(tables, best, draw), trace)
         point = _descend(tables, fresh, effort, trace)
         if point.rank > best.rank:
             best = point
@@ -134,11 +139,18 @@ def _descend(tables: Tables, point: _Point, effort: Effort, trace: Trace) -> _Po
 
 
 def _best_neighbour(tables: Tables, point: _Point, max_neighbours: int, trace: Trace) -> _Point | None:
-    """The best of the neighbours, of which only those are solved that no known prices rule out."""
+    """The best of the neighbours, of which only those are solved that no known prices rule out.
+
+    Exchanges between devices are tried only where nothing simpler helps.
+    """
     around = Surroundings(tables, point.layout, point.solution)
     moves = around.moves(max_neighbours)
     if len(moves) > 1:
         moves = [together(moves), *moves]
+    return _best_of(moves, around, point, trace) or _first_of(exchanges(around, max_neighbours), around, point, trace)
+
+
+def _best_of(moves: list[Move], around: Surroundings, point: _Point, trace: Trace) -> _Point | None:
     bounds = around.bounds(moves, point.solution.prices)
     best = point
     for index in range(len(moves)):
@@ -147,18 +159,35 @@ def _best_neighbour(tables: Tables, point: _Point, max_neighbours: int, trace: T
         layout = point.layout.changed(moves[index].changes)
         if not layout.instances().all():
             continue
-        found = _solved(tables, layout, trace)
+        found = _solved(around.tables, layout, trace)
         if found.rank > best.rank:
             best = found
         np.minimum(bounds, around.bounds(moves, found.solution.prices), out=bounds)
     return best if best is not point else None
 
 
+def _first_of(moves: list[Move], around: Surroundings, point: _Point, trace: Trace) -> _Point | None:
+    """The first exchange that is better, of those that the prices do not rule out."""
+    bounds = around.bounds(moves, point.solution.prices)
+    for move, bound in zip(moves, bounds, strict=True):
+        if bound >= point.solution.rows_per_s * (1 - 1e-9):
+            found = _solved(around.tables, point.layout.changed(move.changes), trace)
+            if found.rank > point.rank:
+                return found
+    return None
+
+
 def _solved(tables: Tables, layout: Layout, trace: Trace) -> _Point:
-    solution = solve(tables, layout)
+    solution = solve(tables, layout, trace.parts)
     trace.evaluations += 1
     trace.solved[layout] = solution.rows_per_s
     return _Point(layout, solution)
+
+
+def _other(tables: Tables, best: _Point, draw: np.random.Generator) -> Layout:
+    """Another layout to descend from: the best one disturbed, or packed anew where it has nothing to spare."""
+    disturbed = _disturbed(best.layout, draw)
+    return repacked(tables, best.layout, draw) if disturbed == best.layout else disturbed
 
 
 def _disturbed(layout: Layout, draw: np.random.Generator) -> Layout:

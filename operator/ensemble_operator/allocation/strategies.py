@@ -98,7 +98,8 @@ def _by_paper(search: _Search, start: Matrix) -> tuple[Matrix, float | None]:
     effort = options.max_iterations, options.max_neighbours, options.seed
     matrix, best = greedy_paper(problem, start, score, *effort, search.trace)
     search.note(f"greedy-paper: {best:.6g} rows/s, {_effort(search.trace)}")
-    return matrix, best if search.evaluate else None
+    # Stopped before anything was measured, the start is kept, and nothing is known of it.
+    return matrix, best or None if search.evaluate else None
 
 
 def _by_greedy(search: _Search, starts: list[Layout], goal_rows_per_s: float) -> Matrix:

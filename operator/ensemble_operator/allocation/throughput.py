@@ -52,8 +52,14 @@ def rows_per_s(problem: Problem, matrix: Matrix) -> float:
     return solve(problem.tables, layout_of(problem, matrix)).rows_per_s
 
 
-def solve(tables: Tables, layout: Layout) -> Solution:
-    """The throughput of a layout whose members all have an instance; otherwise 0 rows/s and no prices."""
+Memo = dict[tuple[bytes, bytes, bytes], tuple[float, Floats, Floats]]
+
+
+def solve(tables: Tables, layout: Layout, memo: Memo | None = None) -> Solution:
+    """The throughput of a layout whose members all have an instance; otherwise 0 rows/s and no prices.
+
+    `memo` remembers the parts that needed a program: neighbours in a search share most of theirs.
+    """
     pools, levels, counts = layout.arrays()
     rates = line_rates(tables, pools, levels)
     limits = time_limits(tables, pools, rates)
@@ -64,7 +70,8 @@ def solve(tables: Tables, layout: Layout) -> Solution:
     slowest = np.inf
     for line_part, member_part in _parts(rates > 0):
         part = np.ix_(line_part, member_part)
-        rate, part_prices, times[part] = _solve_part(rates[part], counts[line_part], limits[line_part])
+        given = rates[part], counts[line_part], limits[line_part]
+        rate, part_prices, times[part] = _solve_part(*given, {} if memo is None else memo)
         reach[member_part] = rate
         if rate < slowest:
             slowest = rate
@@ -106,7 +113,7 @@ def _parts(placed: Bools) -> list[tuple[Ints, Ints]]:
     return [(line_part, member_part) for line_part, member_part in found if member_part.size]
 
 
-def _solve_part(rates: Floats, counts: Ints, limits: Floats) -> tuple[float, Floats, Floats]:
+def _solve_part(rates: Floats, counts: Ints, limits: Floats, memo: Memo) -> tuple[float, Floats, Floats]:
     """Rows/s, prices and times of a connected part."""
     if rates.shape[1] == 1:
         times = counts[:, None].astype(np.float64)
@@ -115,7 +122,10 @@ def _solve_part(rates: Floats, counts: Ints, limits: Floats) -> tuple[float, Flo
         cost = 1 / rates[0]
         rate = counts[0] * limits[0] / cost.sum()
         return float(rate), cost / cost.sum(), (rate * cost)[None, :]
-    return _solve_program(rates, counts, limits)
+    key = rates.tobytes(), counts.tobytes(), limits.tobytes()
+    if key not in memo:
+        memo[key] = _solve_program(rates, counts, limits)
+    return memo[key]
 
 
 def _solve_program(rates: Floats, counts: Ints, limits: Floats) -> tuple[float, Floats, Floats]:

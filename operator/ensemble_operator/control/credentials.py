@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import yaml
@@ -52,14 +54,21 @@ class Connection:
         return str(self._configuration.host)
 
     @property
+    def proxy(self) -> str | None:
+        """On the way to the server: the kubeconfig's, else the environment's."""
+        return self._configuration.proxy or _proxy_of_environment(self.server)
+
+    @property
     def options(self) -> dict[str, Any]:
         """What aiohttp needs for each request."""
-        found = {"proxy": self._configuration.proxy, "server_hostname": self._configuration.tls_server_name}
+        found = {"proxy": self.proxy, "server_hostname": self._configuration.tls_server_name}
         return {name: value for name, value in found.items() if value}
 
     def session(self) -> aiohttp.ClientSession:
         """A pool of connections with the right certificates."""
         self._configuration.connection_pool_maxsize = MAX_CONNECTIONS
+        # Else aiohttp looks for ~/.netrc before every request, in a thread, and an entry of it takes our token's place.
+        self._configuration.client_session_kwargs = {"trust_env": False}
         return RESTClientObject(self._configuration)._create_pool_manager()
 
     async def headers(self) -> Mapping[str, str]:
@@ -83,8 +92,13 @@ class Connection:
             certificate_file=configuration.cert_file,
             key_file=configuration.key_file,
             token=authorization.split(" ", 1)[-1].strip() or None,
-            proxy=configuration.proxy,
+            proxy=self.proxy,
         )
+
+
+def _proxy_of_environment(server: str) -> str | None:
+    parts = urlsplit(server)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
 
 async def _load(kubeconfig: Path | None, context: str | None) -> Configuration:

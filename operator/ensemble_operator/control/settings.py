@@ -46,7 +46,7 @@ class Settings:
     health_port: int = 8080
     log_format: str = "json"
     log_level: str = "INFO"
-    workers: int = 8
+    workers: int = 16
     resync_s: float = 300.0
 
     @staticmethod

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-import msgspec
-
 from ensemble_operator.allocation.throughput import rows_per_s
 from ensemble_operator.bar import Bar
-from ensemble_operator.exits import describe
-from ensemble_operator.load.loads import Line, Load, Result
+from ensemble_operator.load.loads import Load, Progress, Result
+from ensemble_operator.load.running import run
 from ensemble_operator.load.target import Target, TargetUnusable, find_target
-from ensemble_operator.processes import run_once
 from ensemble_operator.serve import local
 from ensemble_operator.serve.live import Screen
 from ensemble_operator.serve.preparation import ServeOptions, prepare
 from ensemble_operator.serve.runtime_folder import runtime_folder
-
-GENERATOR = (sys.executable, "-m", "ensemble_operator.load.loadgen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,25 +61,16 @@ async def put(load: Load) -> Result:
 
     Raises TargetUnusable if no load is possible.
     """
-    found: list[Result] = []
-    total_s = load.warmup_s + load.duration_s
-    with Bar(total_s, "starting the load") as bar:
+    with Bar(load.warmup_s + load.duration_s, "starting the load") as bar:
 
-        def told(text: str) -> None:
-            line = msgspec.json.decode(text, type=Line)
-            if line.result is not None:
-                found.append(line.result)
-            if line.progress is not None:
-                failed = f", {line.progress.failures:,} failed" if line.progress.failures else ""
-                bar.at(line.progress.elapsed_s, f"{line.progress.rows_per_s:,.0f} rows/s{failed}")
+        def told(progress: Progress) -> None:
+            failed = f", {progress.failures:,} failed" if progress.failures else ""
+            bar.at(progress.elapsed_s, f"{progress.rows_per_s:,.0f} rows/s{failed}")
 
-        answer = await run_once((*GENERATOR, str(os.getpid())), told, stdin=msgspec.json.encode(load))
-    if not found:
-        words = answer.errors[-1] if answer.errors else "no last words"
-        raise TargetUnusable(f"the load generator {describe(answer.code)}: {words}")
-    if found[0].refused:
-        raise TargetUnusable(f"model {load.model!r} at {load.host}:{load.port}: {found[0].refused}")
-    return found[0]
+        found = await run(load, told)
+    if found.refused:
+        raise TargetUnusable(f"model {load.model!r} at {load.host}:{load.port}: {found.refused}")
+    return found
 
 
 @contextlib.asynccontextmanager
@@ -94,10 +78,10 @@ async def _served(options: ServeOptions, screen: Screen) -> AsyncIterator[tuple[
     """The URL of the ensemble and what its plan promises, while it is served."""
     planned = await prepare(options, screen)
     with runtime_folder(options.runtime_base) as folder:
-        deployment = local._deployment(planned, options, folder, screen)
+        deployment = local.make_deployment(planned, options, folder, screen)
         try:
             deployment.start()
-            state, _ = await local._until_settled(deployment, planned, screen)
+            state, _ = await local.until_settled(deployment, planned, screen)
             screen.hide()
             model = f"{state.url}/v2/models/{planned.ensemble.name}"
             # Every member sees every row, so the member with the largest batches says how many rows fill all.

@@ -141,8 +141,6 @@ def composed(base: Document, inventory: Document | None, profiles: Document | No
         merged["profiles"] = _merged_profiles([d for d in (profiles, base, inventory) if d])
         merged["members"] = _with_facts(base.get("members", []), others)
         merged["batchSizes"] = _known_sizes(merged)
-    if merged.get("devices") == []:
-        raise InvalidProblem([f"{source}: devices: at least one device is needed"])
     try:
         return described(merged)
     except InvalidProblem as error:

@@ -95,6 +95,9 @@ def summary(plan: Plan) -> tuple[str, ...]:
         f"gap {plan.gap:.1%} · planned in {plan.seconds:.2f} s ({plan.evaluations:,} matrices scored)"
     )
     lines = [worth, f"bottleneck: {plan.bottleneck.why}"]
+    if plan.measured_rows_per_s is not None:
+        ratio = plan.measured_rows_per_s / plan.predicted_rows_per_s
+        lines.insert(1, f"measured {_rate(plan.measured_rows_per_s)} rows/s, {ratio:.0%} of what was predicted")
     if plan.device_bound:
         used = int(plan.matrix.sizes.any(axis=1).sum())
         lines.append(f"devices: {used} of {len(plan.matrix.devices)} used; proven: at least {plan.device_bound}")
@@ -145,6 +148,8 @@ def plan_document(label: str, problem: Problem, plan: Plan, *, explain: bool) ->
             for line in lines_of(problem, plan, collapse=False)
         ],
     }
+    if plan.measured_rows_per_s is not None:
+        document["measuredRowsPerS"] = plan.measured_rows_per_s
     if plan.device_bound:
         document |= {"deviceBound": plan.device_bound, "shortfallRowsPerS": plan.shortfall_rows_per_s}
     if explain:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from ensemble_operator.bar import Bar
 from ensemble_operator.planning import cluster_file
 from ensemble_operator.planning.cluster_file import Document
 from ensemble_operator.planning.settings import options_of
-from ensemble_operator.profiles.measurements import UNMEASURED_OVERHEAD_BYTES, planning_problem
+from ensemble_operator.profiles.held import held_bytes
+from ensemble_operator.profiles.measurements import UNMEASURED_OVERHEAD_BYTES, agreed_tensors, planning_problem
 from ensemble_operator.profiles.measuring import find_devices
-from ensemble_operator.profiles.profiling import Effort, held_bytes, measured_members
+from ensemble_operator.profiles.profiling import Effort, colocation_factors, measured_members
 from ensemble_operator.profiles.progress_notes import MemberProgress
+from ensemble_operator.profiles.serving_cost import with_known_cost
 from ensemble_operator.serve.preparation import ModelUnavailable
 
 
@@ -37,15 +38,19 @@ class Sources:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is planned: one problem or a series of them, each with the words for its devices."""
+    """What is planned: one problem or a series of them, each with the words for its devices.
+
+    `here`: the devices are this machine's, and the profiles its own.
+    """
 
     name: str
     source: str
     problems: tuple[tuple[str, Problem], ...]
     planning: Planning | None
+    here: bool = False
 
 
-async def question(sources: Sources, note: Callable[[str], None]) -> Question:
+async def question(sources: Sources) -> Question:
     """Read the files; find and measure what they leave open.
 
     Raises ResourceUnreadable, InvalidSpec or InvalidProblem for what is wrong in a file, and ModelUnavailable if a
@@ -58,7 +63,7 @@ async def question(sources: Sources, note: Callable[[str], None]) -> Question:
         return _described(document, inventory, profiles, sources, None)
     ensemble = resource_file.load(sources.file)
     if inventory is None and profiles is None:
-        return await _measured(ensemble, sources, note)
+        return await _measured(ensemble, sources)
     if inventory is None:
         inventory = await _machine(ensemble, sources, profiles)
     base = cluster_file.ensemble_document(ensemble, str(sources.file), cluster_file.classes_of(inventory))
@@ -116,7 +121,7 @@ async def _machine(ensemble: InferenceEnsemble, sources: Sources, profiles: Docu
     return {"devices": [{**e, "overheadMiB": known.get(e["class"], e["overheadMiB"])} for e in entries]}
 
 
-async def _measured(ensemble: InferenceEnsemble, sources: Sources, note: Callable[[str], None]) -> Question:
+async def _measured(ensemble: InferenceEnsemble, sources: Sources) -> Question:
     devices = await find_devices(sources.cpu_devices)
     spec = ensemble.spec
     effort = Effort(spec.planning.profile_budget_s, sources.cache_folder)
@@ -124,17 +129,21 @@ async def _measured(ensemble: InferenceEnsemble, sources: Sources, note: Callabl
     with Bar(len(spec.members) * classes, f"profiling {ensemble.name}") as bar:
         progress = MemberProgress(bar, spec.batching.sizes, len(spec.members) * classes)
         measured = await measured_members(ensemble, devices, effort, progress)
+        colocation = await colocation_factors(ensemble, devices, measured, effort, progress)
     for member in spec.members:
         results = [m for (name, _), m in measured.items() if name == member.name]
         if not any(m.points for m in results):
             raise ModelUnavailable(f"member {member.name!r} ({member.model.uri}): {results[0].error}")
+    tensors = agreed_tensors(ensemble, {name: m.signature for (name, _), m in measured.items() if m.points})
     problem = planning_problem(
-        devices, measured, headroom=spec.devices.memory_headroom, held_bytes=held_bytes(ensemble, devices)
+        devices,
+        with_known_cost(measured, devices, tensors, sources.cache_folder),
+        headroom=spec.devices.memory_headroom,
+        held_bytes=held_bytes(ensemble, devices),
+        colocation=colocation,
     )
-    if spec.planning.evaluate == "live":
-        note("evaluate: live runs candidates while serving; here they are scored by the model")
     label = " + ".join(f"{e['count']} x {e['class']}" for e in cluster_file.device_entries(devices, {}))
-    return Question(ensemble.name, f"measured on this machine: {label}", ((label, problem),), spec.planning)
+    return Question(ensemble.name, f"measured on this machine: {label}", ((label, problem),), spec.planning, here=True)
 
 
 def with_source(error: InvalidProblem, source: str) -> InvalidProblem:

@@ -30,14 +30,23 @@ class Signature(msgspec.Struct, frozen=True, rename="camel"):
     inputs: tuple[TensorSpec, ...] | None = None
     outputs: tuple[TensorSpec, ...] | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the file tells neither."""
+        return self.inputs is None and self.outputs is None
+
 
 class Point(msgspec.Struct, frozen=True, rename="camel"):
-    """One batch size of one member on one device class: `memory_bytes` is what the instance adds to an idle worker."""
+    """One batch size of one member on one device class: `memory_bytes` is what the instance adds to an idle worker.
+
+    `latency_s` is the median of a batch, `spread` is from the 10th to the 90th percentile, over the median.
+    """
 
     batch_size: int
     rows_per_s: float
     latency_s: float
     memory_bytes: int
+    spread: float = 0.0
 
 
 class Measurement(msgspec.Struct, frozen=True, rename="camel"):
@@ -68,6 +77,7 @@ class _Line(msgspec.Struct, frozen=True, rename="camel"):
     rows_per_s: float = 0.0
     latency_s: float = 0.0
     memory_bytes: int = 0
+    spread: float = 0.0
     error: str = ""
 
 
@@ -122,11 +132,11 @@ def measurement_of(lines: Iterable[str]) -> Measurement:
             changes["signature"] = line.signature
         if line.overhead_bytes:
             changes["overhead_bytes"] = line.overhead_bytes
-        if line.batch_size:
-            point = Point(line.batch_size, line.rows_per_s, line.latency_s, line.memory_bytes)
-            changes["points"] = (*found.points, point)
         if line.error:
             changes["error"] = line.error
+        elif line.batch_size:
+            point = Point(line.batch_size, line.rows_per_s, line.latency_s, line.memory_bytes, line.spread)
+            changes["points"] = (*found.points, point)
         found = msgspec.structs.replace(found, **changes)
     return found
 
@@ -191,11 +201,12 @@ def planning_problem(
     *,
     headroom: float,
     held_bytes: Mapping[str, int],
+    colocation: Mapping[str, float] | None = None,
 ) -> Problem:
     """The problem of placing the members that were measured, by (member, device class), on the devices.
 
-    `held_bytes` is, by kind of device, what each holds besides its instances and an idle worker: rows. Raises
-    InvalidProblem.
+    `held_bytes` is, by kind of device, what each holds besides its instances and an idle worker: rows. `colocation` has
+    the factors of device classes, 1 where none is known. Raises InvalidProblem.
     """
     classes = {d.device_class for d in devices}
     overheads = {
@@ -223,6 +234,7 @@ def planning_problem(
         profiles=profiles,
         batch_sizes=tuple(sorted({profile.batch_size for profile in profiles})),
         headroom=headroom,
+        colocation=colocation or {},
     )
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -19,6 +16,7 @@ from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.errors import EnsembleError
 from ensemble_operator.exits import describe
 from ensemble_operator.processes import run_once
+from ensemble_operator.profiles.kept import Kept, KeptProfiles, key_of, merged, missing_sizes, selected
 from ensemble_operator.profiles.measurements import (
     Device,
     Download,
@@ -30,8 +28,6 @@ from ensemble_operator.profiles.measurements import (
 )
 
 WORKER = (sys.executable, "-m", "ensemble_worker")
-# A profile of other versions of these is of another program.
-LIBRARIES = ("torch", "onnxruntime")
 
 
 class DevicesUnavailable(EnsembleError):
@@ -69,7 +65,8 @@ async def find_devices(cpu_devices: int | None) -> tuple[Device, ...]:
 class Measurer:
     """Measures members, as many at a time as there are devices of a class, and never twice what is on disk.
 
-    `report` is given what is being done, `downloading` how a member's download is.
+    `report` is given what is being done, `downloading` how a member's download is. With `refresh` what is on disk is
+    not believed, and replaced.
     """
 
     def __init__(
@@ -78,14 +75,20 @@ class Measurer:
         cache_folder: Path,
         report: Callable[[str], None],
         downloading: Callable[[str, Download], None] | None = None,
+        *,
+        refresh: bool = False,
     ) -> None:
-        self._profiles = cache_folder / "profiles"
+        self._profiles = KeptProfiles(cache_folder / "profiles")
         self._models = cache_folder / "models"
         self._report = report
         self._downloading = downloading
+        self._refresh = refresh
         self._free: dict[str, asyncio.Queue[Device]] = {}
+        self._capacities: dict[str, int] = {}
         for device in devices:
             self._free.setdefault(device.device_class, asyncio.Queue()).put_nowait(device)
+            least = self._capacities.get(device.device_class, device.capacity_bytes)
+            self._capacities[device.device_class] = min(least, device.capacity_bytes)
 
     async def measure(self, tasks: Mapping[str, Task]) -> dict[tuple[str, str], Measurement]:
         """Every task, by the member's name, on every class of device, by (member, class).
@@ -101,20 +104,25 @@ class Measurer:
         return {key: task.result() for key, task in running.items()}
 
     async def _measure(self, task: Task, device_class: str) -> Measurement:
-        kept = self._profiles / f"{_key(task, device_class)}.json"
-        if task.known_content:
-            # What is there but cannot be read or believed is measured again.
-            with suppress(OSError, msgspec.DecodeError):
-                return msgspec.json.decode(kept.read_bytes(), type=Measurement)
+        key = key_of(task.source, device_class, task.inputs, task.outputs)
+        kept = self._profiles.read(key) if task.known_content and not self._refresh else Kept()
+        limits = task.budget_s, self._capacities[device_class]
+        sizes = missing_sizes(kept, task.sizes, *limits)
+        if not sizes:
+            return selected(kept, task.sizes)
         device = await self._free[device_class].get()
         try:
             self._report(f"measuring {task.source.name} on {device.name}")
-            found = await self._run(task, device)
+            found = await self._run(replace(task, sizes=sizes), device)
         finally:
             self._free[device_class].put_nowait(device)
-        if task.known_content and found.points and not found.error:
-            self._keep(kept, found)
-        return found
+        known = merged(kept, found, sizes, *limits)
+        if task.known_content and found.points:
+            try:
+                self._profiles.write(key, known)
+            except OSError as error:
+                self._report(f"profiles are not kept: {error.filename}: {error.strerror}")
+        return selected(known, task.sizes)
 
     async def _run(self, task: Task, device: Device) -> Measurement:
         spec = {"member": task.source, "inputs": task.inputs, "outputs": task.outputs}
@@ -145,25 +153,6 @@ class Measurer:
         if not found.points and not found.error:
             raise NotUnderstood(f"measuring member {name!r} ended without a result and without an error")
         return found
-
-    def _keep(self, path: Path, found: Measurement) -> None:
-        partial = path.with_suffix(f".{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(msgspec.json.encode(found))
-            partial.replace(path)
-        except OSError as error:
-            self._report(f"profiles are not kept: {path.parent}: {error.strerror}")
-
-
-def _key(task: Task, device_class: str) -> str:
-    """What a profile depends on, as a file name."""
-    versions = {}
-    for library in LIBRARIES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[library] = importlib.metadata.version(library)
-    parts = (task.source.digest, device_class, versions, task.sizes, task.inputs, task.outputs)
-    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
 def _cause(code: int, errors: Sequence[str]) -> str:

@@ -7,41 +7,49 @@ from __future__ import annotations
 
 import asyncio
 import math
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ensemble_operator import resource_file
+from ensemble_operator.allocation.errors import InvalidProblem
 from ensemble_operator.api import InferenceEnsemble
 from ensemble_operator.bar import Bar
 from ensemble_operator.plans import model_source
-from ensemble_operator.profiles.measurements import Device, Measurement, declared
+from ensemble_operator.profiles.colocating import Colocating, fullest_rows
+from ensemble_operator.profiles.held import held_bytes
+from ensemble_operator.profiles.measurements import Device, Measurement, agreed_tensors, declared, planning_problem
 from ensemble_operator.profiles.measuring import Measurer, Task, find_devices
 from ensemble_operator.profiles.progress_notes import MemberProgress
-from ensemble_operator.serve.preparation import ROW_CACHE_BYTES
 
 Measured = Mapping[tuple[str, str], Measurement]
 
 
 @dataclass(frozen=True, slots=True)
 class Profiled:
-    """An ensemble's profiles by (member, device class); `runs` counts those that were not known before."""
+    """An ensemble's profiles by (member, device class); `runs` counts those that were not known before.
+
+    `colocation` has the factors of GPU classes.
+    """
 
     ensemble: InferenceEnsemble
     devices: tuple[Device, ...]
     measured: Measured
     runs: int
     seconds: float
+    colocation: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """Seconds to spend on measuring, all members together, and where models and profiles are kept."""
+    """Seconds to spend on measuring, all members together, and where models and profiles are kept.
+
+    With `refresh` what is known is not believed, and replaced.
+    """
 
     budget_s: float
     cache_folder: Path
+    refresh: bool = False
 
 
 async def profile(
@@ -49,8 +57,7 @@ async def profile(
 ) -> Profiled:
     """Profile the ensemble in a file, within its own budget if none is given, with a progress bar.
 
-    With `force` nothing known is believed, and replaced when all is measured. Raises what is wrong with the resource,
-    or OSError if nothing can be kept.
+    With `force` nothing known is believed. Raises what is wrong with the resource.
     """
     clock = asyncio.get_running_loop().time
     started_s = clock()
@@ -58,14 +65,12 @@ async def profile(
     devices = await find_devices(cpu_devices)
     spec = ensemble.spec
     total = len(spec.members) * len({d.device_class for d in devices})
-    with (
-        Bar(total, f"profiling {ensemble.name}") as bar,
-        _emptied(cache_folder) if force else nullcontext(cache_folder) as folder,
-    ):
+    with Bar(total, f"profiling {ensemble.name}") as bar:
         progress = MemberProgress(bar, spec.batching.sizes, total)
-        effort = Effort(spec.planning.profile_budget_s if budget_s is None else budget_s, folder)
+        effort = Effort(spec.planning.profile_budget_s if budget_s is None else budget_s, cache_folder, force)
         measured = await measured_members(ensemble, devices, effort, progress)
-    return Profiled(ensemble, devices, measured, progress.measured, clock() - started_s)
+        colocation = await colocation_factors(ensemble, devices, measured, effort, progress)
+    return Profiled(ensemble, devices, measured, progress.measured, clock() - started_s, colocation)
 
 
 async def measured_members(
@@ -107,17 +112,44 @@ async def measured_members(
     return {key: found[key] for key in order}
 
 
-def held_bytes(ensemble: InferenceEnsemble, devices: Sequence[Device]) -> dict[str, int]:
-    """What rows take on a device of `ensemble serve`, by its kind: on CPUs a share of the row store."""
-    cpus = sum(d.kind == "cpu" for d in devices)
-    return {"cpu": ensemble.spec.batching.max_queue_bytes // max(1, cpus), "cuda": ROW_CACHE_BYTES}
+async def colocation_factors(
+    ensemble: InferenceEnsemble,
+    devices: Sequence[Device],
+    measured: Measured,
+    effort: Effort,
+    progress: MemberProgress,
+) -> dict[str, float]:
+    """The co-location factor of each class of GPU on which worst-fit lets members share a device.
+
+    Measured once per class, else known. Raises InvalidSpec if it is nowhere said what the tensors are.
+    """
+    if all(device.kind == "cpu" for device in devices):
+        return {}
+    signatures = {name: found.signature for (name, _), found in measured.items() if found.points}
+    try:
+        problem = planning_problem(
+            devices,
+            measured,
+            headroom=ensemble.spec.devices.memory_headroom,
+            held_bytes=held_bytes(ensemble, devices),
+        )
+    except InvalidProblem:
+        return {}  # nothing could be measured on some class; whoever plans says so
+    rows = fullest_rows(problem)
+    if not rows:
+        return {}
+    sources = {name: task.source for name, task in (await _tasks(ensemble)).items()}
+    colocating = Colocating(devices, effort.cache_folder, progress.report, refresh=effort.refresh)
+    return await colocating.factors(rows, sources, agreed_tensors(ensemble, signatures))
 
 
 class _Pool:
     """The devices of one class: as many measurements at a time, each with its share of the time that is left."""
 
     def __init__(self, devices: list[Device], tasks: int, effort: Effort, progress: MemberProgress) -> None:
-        self._measurer = Measurer(devices, effort.cache_folder, progress.report, progress.downloading)
+        self._measurer = Measurer(
+            devices, effort.cache_folder, progress.report, progress.downloading, refresh=effort.refresh
+        )
         self._free = asyncio.Semaphore(len(devices))
         self._devices, self._open = len(devices), tasks
         self._deadline = asyncio.get_running_loop().time() + effort.budget_s
@@ -135,20 +167,6 @@ class _Pool:
             finally:
                 self.settled()
         return next(iter(found.values()))
-
-
-@contextmanager
-def _emptied(cache_folder: Path) -> Iterator[Path]:
-    """A cache with the same models and without profiles; in the end its profiles replace those of the other."""
-    profiles, models = cache_folder / "profiles", cache_folder / "models"
-    for folder in (profiles, models):
-        folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="again-", dir=cache_folder) as name:
-        fresh = Path(name)
-        (fresh / "models").symlink_to(models, target_is_directory=True)
-        yield fresh
-        for path in (fresh / "profiles").glob("*.json"):
-            path.replace(profiles / path.name)
 
 
 async def _tasks(ensemble: InferenceEnsemble) -> dict[str, Task]:
