@@ -72,13 +72,14 @@ def patience(before: Patience, waiting: Waiting, timeout_s: float, now: float, s
     since = now if before.waiting_since is None else before.waiting_since
     if now - since <= timeout_s:
         return Patience(since, attempts=before.attempts)
-    return Patience(retry_at=now + pause_s(before.attempts, seed), attempts=before.attempts + 1)
+    retry_at = now + pause_s(before.attempts, seed, min(FIRST_PAUSE_S, timeout_s))
+    return Patience(retry_at=retry_at, attempts=before.attempts + 1)
 
 
-def pause_s(attempts: int, seed: str) -> float:
+def pause_s(attempts: int, seed: str, first_s: float = FIRST_PAUSE_S) -> float:
     """How long devices are given back: doubling, and different for each ensemble by a factor of 0.5 to 1.5."""
     draw = int.from_bytes(hashlib.sha256(f"{seed} {attempts}".encode()).digest()[:4], "big") / 2**32
-    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(attempts, 16)) * (0.5 + draw)
+    return min(LONGEST_PAUSE_S, first_s * 2.0 ** min(attempts, 16)) * (0.5 + draw)
 
 
 def replicas(wanted: int, present: int | None, highest_in_use: int, *, released: bool) -> int:

@@ -91,22 +91,25 @@ def assign(
     wanted: Sequence[Need],
     measurers: Sequence[Measurer],
 ) -> dict[str, ProfileJob]:
-    """The jobs that free workers are to be given now: open needs dealt evenly, urgent ones first and alone.
+    """The jobs that free workers are to be given now, urgent needs first and alone; busy workers keep theirs.
 
-    What a busy worker measures is left to it.
+    Nobody is given more than half of its part of what is open (guided self-scheduling, Polychronopoulos and Kuck, 1987):
+    a worker that comes later finds something to do, and one with slow members does not finish long after the others.
     """
     jobs = {}
+    spec = ensemble.spec
+    expected = sum(pool.count for pool in (spec.devices, *spec.extra_devices))
     needed = [need for need in wanted if need.urgent] or list(wanted)
     for device_class in dict.fromkeys(need.device_class for need in needed):
         alike = [m for m in measurers if m.device_class == device_class]
         busy = {r.digest for m in alike if m.report.state == "running" for r in m.report.results if not r.finished}
         free = [m for m in alike if m.report.state != "running"]
         todo = [n for n in needed if n.device_class == device_class and sources[n.member].digest not in busy]
-        share = math.ceil(len(todo) / max(1, len(free)))
+        share = math.ceil(len(todo) / (2 * max(expected, len(alike))))
         for index, measurer in enumerate(free):
             mine = todo[index * share : (index + 1) * share]
             if mine:
-                share_s = ensemble.spec.planning.profile_budget_s * min(1.0, len(alike) / len(todo))
+                share_s = spec.planning.profile_budget_s * min(1.0, len(alike) / len(spec.members))
                 jobs[measurer.worker] = _job(ensemble, sources, mine, share_s)
     return jobs
 

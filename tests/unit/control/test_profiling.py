@@ -47,22 +47,20 @@ def test_the_other_sizes_follow_in_the_background() -> None:
     assert [need.member for need in found.urgent] == ["b", "c", "d", "e"]
 
 
-def test_members_are_spread_over_the_workers() -> None:
+def test_workers_are_dealt_a_part_and_come_back_for_more() -> None:
     wanted = needs(FIVE, SOURCES, [CLASS], Book(), 0.0).now
     jobs = assign(FIVE, SOURCES, wanted, free("w0", "w1"))
-    assert {w: [t.source.name for t in job.tasks] for w, job in jobs.items()} == {
-        "w0": ["a", "b", "c"],
-        "w1": ["d", "e"],
-    }
+    assert {w: [t.source.name for t in job.tasks] for w, job in jobs.items()} == {"w0": ["a", "b"], "w1": ["c", "d"]}
 
 
-def test_what_a_busy_worker_measures_is_left_to_it() -> None:
+def test_the_first_worker_leaves_something_to_those_that_come_later() -> None:
     wanted = needs(FIVE, SOURCES, [CLASS], Book(), 0.0).now
-    busy = Measurer(
-        "w0", CLASS, ProfileReport("1", "running", (result("a", finished=False), result("b", finished=False)))
-    )
+    first = assign(FIVE, SOURCES, wanted, free("w0"))["w0"]
+    names = [task.source.name for task in first.tasks]
+    assert names == ["a", "b"]
+    busy = Measurer("w0", CLASS, ProfileReport("1", "running", tuple(result(n, finished=False) for n in names)))
     jobs = assign(FIVE, SOURCES, wanted, [busy, *free("w1")])
-    assert {w: [t.source.name for t in job.tasks] for w, job in jobs.items()} == {"w1": ["c", "d", "e"]}
+    assert {w: [t.source.name for t in job.tasks] for w, job in jobs.items()} == {"w1": ["c"]}
 
 
 def test_the_same_needs_are_the_same_job_and_another_attempt_is_another() -> None:

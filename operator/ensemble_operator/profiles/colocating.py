@@ -1,0 +1,135 @@
+"""The co-location factor of each class of GPU: measured once, with the members of the fullest worst-fit row, and kept.
+
+On CPU devices one batch runs at a time, so that the factor is 1 and nothing is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from ensemble_contract.plan import ModelSource
+from ensemble_contract.tensors import TensorSpec
+from ensemble_operator.allocation.errors import DoesNotFit
+from ensemble_operator.allocation.problem import Problem
+from ensemble_operator.allocation.worstfit import worst_fit
+from ensemble_operator.processes import run_once
+from ensemble_operator.profiles.measurements import Device
+from ensemble_operator.profiles.measuring import WORKER
+
+# With loading, the whole stays below a minute for models on local disk.
+BUDGET_S = 30.0
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """What the measuring process prints, and what is kept."""
+
+    factor: float = 0.0
+    alone: tuple[float, ...] = ()
+    together: tuple[float, ...] = ()
+    error: str = ""
+
+
+def fullest_rows(problem: Problem) -> dict[str, dict[str, int]]:
+    """By device class of GPUs, the worst-fit row of most members, batch sizes by member; only rows of two and more."""
+    try:
+        matrix = worst_fit(problem)
+    except DoesNotFit:
+        return {}
+    found: dict[str, dict[str, int]] = {}
+    for index, device in enumerate(problem.devices):
+        row = matrix.row(index)
+        if device.kind == "cuda" and len(row) > max(1, len(found.get(device.device_class, {}))):
+            found[device.device_class] = row
+    return found
+
+
+class Colocating:
+    """Measures factors with a worker's process, and keeps them on disk. `report` is told what goes on.
+
+    With `refresh` what is on disk is not believed, and replaced.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        cache_folder: Path,
+        report: Callable[[str], None],
+        *,
+        budget_s: float = BUDGET_S,
+        refresh: bool = False,
+    ) -> None:
+        self._devices, self._cache_folder, self._report = devices, cache_folder, report
+        self._budget_s, self._refresh = budget_s, refresh
+
+    async def factors(
+        self,
+        rows: Mapping[str, Mapping[str, int]],
+        sources: Mapping[str, ModelSource],
+        tensors: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]],
+    ) -> dict[str, float]:
+        """The factor of each class in `rows` (batch size by member). A class that cannot be measured is left out."""
+        found = {}
+        for device_class, row in rows.items():
+            known = None if self._refresh else self._read(device_class)
+            answer = known or await self._measure(device_class, row, sources, tensors)
+            if answer.factor > 0:
+                found[device_class] = answer.factor
+            else:
+                self._report(f"co-location on {device_class} is not measured, perfect sharing assumed: {answer.error}")
+        return found
+
+    async def _measure(
+        self,
+        device_class: str,
+        row: Mapping[str, int],
+        sources: Mapping[str, ModelSource],
+        tensors: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]],
+    ) -> _Answer:
+        device = next(d for d in self._devices if d.device_class == device_class)
+        self._report(f"measuring {', '.join(row)} together on {device.name}")
+        inputs, outputs = tensors
+        members = [
+            {"member": sources[name], "inputs": inputs, "outputs": outputs, "batchSize": size}
+            for name, size in row.items()
+        ]
+        arguments = (
+            *WORKER, "colocate", "--device", device.name, "--budget-s", f"{self._budget_s:g}",
+            "--memory-limit", str(device.capacity_bytes), "--cache-dir", str(self._cache_folder / "models"),
+            "--parent-pid", str(os.getpid()),
+        )  # fmt: skip
+        lines: list[str] = []
+        said = await run_once(arguments, lines.append, stdin=msgspec.json.encode({"members": members}))
+        try:
+            answer = msgspec.json.decode(lines[-1], type=_Answer)
+        except (IndexError, msgspec.DecodeError):
+            return _Answer(error=said.errors[-1] if said.errors else f"the worker ended with exit code {said.code}")
+        if answer.factor > 0:
+            self._keep(device_class, answer)
+        return answer
+
+    def _read(self, device_class: str) -> _Answer | None:
+        with suppress(OSError, msgspec.DecodeError):
+            return msgspec.json.decode(self._file(device_class).read_bytes(), type=_Answer)
+        return None
+
+    def _keep(self, device_class: str, answer: _Answer) -> None:
+        path = self._file(device_class)
+        partial = path.with_suffix(f".{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(msgspec.json.encode(answer))
+            partial.replace(path)
+        except OSError as error:
+            self._report(f"co-location is not kept: {error.filename}: {error.strerror}")
+
+    def _file(self, device_class: str) -> Path:
+        parts = (device_class, importlib.metadata.version("torch"))
+        name = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+        return self._cache_folder / "colocation" / f"{name}.json"
