@@ -145,9 +145,15 @@ class Operating:
 
 @contextlib.asynccontextmanager
 async def operating(
-    plane: ControlPlane, namespace: str, *, start: bool = True, gpus: int = 0, **settings: Any
+    plane: ControlPlane,
+    namespace: str,
+    *,
+    start: bool = True,
+    gpus: int = 0,
+    environment: Mapping[str, str] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Operating]:
-    """An operator of one namespace, and a node that runs its pods."""
+    """An operator of one namespace, and a node that runs its pods, with more in their `environment`."""
     plane.start_controllers()
     plane.start_scheduler()
     chosen = Settings(
@@ -165,7 +171,7 @@ async def operating(
     )
     async with AsyncExitStack() as stack:
         kube = await stack.enter_async_context(KubeClient(plane.kubeconfig))
-        node = await stack.enter_async_context(Kubelet(kube, namespace, gpus=gpus))
+        node = await stack.enter_async_context(Kubelet(kube, namespace, gpus=gpus, environment=environment))
         world = Operating(plane, namespace, kube, node, chosen)
         if start:
             await world.start_operator()

@@ -23,7 +23,6 @@ from ensemble_operator.api import (
     cluster_only,
     ensemble_digest,
     member_digest,
-    not_acted_upon,
     parse,
 )
 
@@ -206,18 +205,12 @@ def test_what_one_machine_sets_aside_and_what_waits_for_later_work() -> None:
         "spec.podTemplate",
         "spec.transport",
     ]
-    assert not_acted_upon(ensemble) == [
-        "spec.planning.evaluate",
-    ]
 
 
 def test_only_what_the_document_says_is_named() -> None:
     assert cluster_only(parse(MINIMAL)) == []
-    assert not_acted_upon(parse(MINIMAL)) == []
     headroom = parse(with_spec(devices={"memoryHeadroom": "20%"}, podTemplate={}, extraDevices=[]))
     assert cluster_only(headroom) == []
-    defaults = parse(with_spec(planning={"strategy": "greedy", "seed": 0}, rollout="Online"))
-    assert not_acted_upon(defaults) == []
 
 
 def member_with(**fields: object) -> InferenceEnsemble:

@@ -15,7 +15,6 @@ from ensemble_operator.api import (
     InvalidSpec,
     cluster_only,
     ensemble_digest,
-    not_acted_upon,
     parse,
     parse_yaml,
 )
@@ -85,7 +84,7 @@ def mutants(draw: st.DrawFn) -> dict[str, Any]:
 def check(ensemble: InferenceEnsemble) -> None:
     assert 1 <= ensemble.spec.combine.quorum <= len(ensemble.spec.members)
     assert len(ensemble_digest(ensemble)) == 16
-    assert all(path.startswith("spec.") for path in cluster_only(ensemble) + not_acted_upon(ensemble))
+    assert all(path.startswith("spec.") for path in cluster_only(ensemble))
 
 
 def outcome(parser: Callable[[], InferenceEnsemble]) -> InferenceEnsemble | InvalidSpec:

@@ -21,7 +21,7 @@ from ensemble_operator.api.ensemble import (
     Transport,
 )
 from ensemble_operator.api.identity import ensemble_digest, member_digest
-from ensemble_operator.api.parsing import API_VERSION, GROUP, KIND, VERSION, cluster_only, not_acted_upon, parse
+from ensemble_operator.api.parsing import API_VERSION, GROUP, KIND, VERSION, cluster_only, parse
 from ensemble_operator.api.yamltext import parse_yaml
 from ensemble_operator.errors import InvalidSpec, Problem
 
@@ -49,7 +49,6 @@ __all__ = [
     "cluster_only",
     "ensemble_digest",
     "member_digest",
-    "not_acted_upon",
     "parse",
     "parse_yaml",
 ]

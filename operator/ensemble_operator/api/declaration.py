@@ -26,9 +26,6 @@ from ensemble_operator.api.schema import Choice, Duration, Integer, Number, Quan
 from ensemble_operator.api.structure import ABSENT, Field, Group, Listing, OneOrMany, TextOrTexts
 from ensemble_operator.quantities import parse_bytes
 
-LATER = "later"
-"""The scope of fields that are accepted, and that nothing acts upon yet."""
-
 MAX_MEMBERS = 64
 MAX_BATCH_SIZE = 65_536
 _BATCH_SIZE = Integer(1, MAX_BATCH_SIZE)
@@ -170,7 +167,6 @@ _PLANNING = Group(
             Choice(("model", "live")),
             "Score candidates by the model, or by running them.",
             "model",
-            scope=LATER,
         ),
         Field("maxIterations", Integer(0, 10_000), "Steps of the search.", 10),
         Field("maxNeighbours", Integer(1, 100_000), "Candidates of a step.", 100),

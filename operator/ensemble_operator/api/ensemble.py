@@ -180,7 +180,7 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class InferenceEnsemble:
-    """The resource. `given`: the scoped fields that the document sets (see `not_acted_upon`, `cluster_only`)."""
+    """The resource. `given`: the scoped fields that the document sets (see `cluster_only`)."""
 
     name: str
     namespace: str

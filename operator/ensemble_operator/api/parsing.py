@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ensemble_operator.api.declaration import LATER, SPEC
+from ensemble_operator.api.declaration import SPEC
 from ensemble_operator.api.ensemble import InferenceEnsemble, Spec
 from ensemble_operator.api.pods import ANNOTATIONS, CLUSTER, LABELS
 from ensemble_operator.api.rules import MEMBER_NAME
@@ -66,11 +66,6 @@ def parse(document: object, *, source: str = "") -> InferenceEnsemble:
         annotations=metadata["annotations"],
         given=tuple(findings.given),
     )
-
-
-def not_acted_upon(ensemble: InferenceEnsemble) -> list[str]:
-    """Paths of the fields that the document sets to other than their defaults, and that nothing acts upon yet."""
-    return _outermost(given for given in ensemble.given if given.scope == LATER and given.differs)
 
 
 def cluster_only(ensemble: InferenceEnsemble) -> list[str]:

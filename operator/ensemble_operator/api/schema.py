@@ -29,11 +29,10 @@ INVALID: Final = Invalid()
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A field that the document sets: its declaration's scope, and whether the value `differs` from the default."""
+    """A field that the document sets, and its declaration's scope."""
 
     path: str
     scope: str
-    differs: bool
 
 
 @dataclass(slots=True)

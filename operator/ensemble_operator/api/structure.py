@@ -44,7 +44,7 @@ class Field:
         if value is not None:
             checked = self.kind.check(value, at)
             if self.scope and value not in ({}, []):
-                at.findings.given.append(Given(at.path, self.scope, checked != self.checked_default()))
+                at.findings.given.append(Given(at.path, self.scope))
             return checked
         if self.default is REQUIRED:
             return at.report("is required")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ensemble_operator.api import InferenceEnsemble, InvalidSpec, Problem, not_acted_upon
+from ensemble_operator.api import InferenceEnsemble, InvalidSpec, Problem
 
 # Parts of a pod through which its namespace's Secrets, volumes and service accounts can be reached.
 REACHING = ("image", "env", "volumes", "volume_mounts", "image_pull_secrets")
@@ -37,9 +37,6 @@ def remarks(ensemble: InferenceEnsemble) -> str:
             f"spec.autoscaling is not acted upon yet: {autoscaling.min_devices} devices are held"
             " (kubectl scale and a HorizontalPodAutoscaler work on spec.devices.count)"
         )
-    ahead = [path for path in not_acted_upon(ensemble) if not path.startswith("spec.autoscaling")]
-    if ahead:
-        said.append(f"not acted upon yet: {', '.join(ahead)}")
     if ensemble.spec.planning.evaluate == "live":
         said.append("spec.planning.evaluate is taken for model: a cluster's plans are not tried live")
     return "; ".join(said)

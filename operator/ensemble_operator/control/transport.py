@@ -21,7 +21,8 @@ APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
 
 CONNECT_TIMEOUT_S = 5.0
-# The server sends a bookmark a minute, give or take a quarter: silence for longer is a dead connection.
+# The server sends a bookmark a minute, give or take a quarter, but none of a kind of which nothing has ever happened:
+# silence for longer may be a dead connection.
 WATCH_SILENCE_S = 100.0
 DEFAULT_RETRY_DELAYS_S = (0.2, 0.6, 1.5)
 MAX_RETRY_AFTER_S = 10.0
@@ -102,17 +103,21 @@ class Transport:
                 await asyncio.sleep(pause_s)
         raise AssertionError("the last attempt returns or raises")
 
-    async def stream(self, call: Call, query: Mapping[str, str]) -> AsyncIterator[bytes]:
-        """The lines of a watch until the server ends it; before them an empty one, when it is accepted.
+    async def stream(
+        self, call: Call, query: Mapping[str, str], silence_s: float = WATCH_SILENCE_S
+    ) -> AsyncIterator[bytes]:
+        """The lines of a watch until the server ends it, or is silent for too long; before them an empty one.
 
-        Raises a ClusterError when it is refused, cannot be reached, or is silent for too long.
+        That is when it is accepted. Raises a ClusterError when it is refused, cannot be reached, or breaks.
         """
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=WATCH_SILENCE_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=silence_s)
         rest = bytearray()
+        accepted = False
         try:
             async with self._request(call, "GET", query, None, {"Accept": JSON}, timeout) as answer:
                 if answer.status >= 400:
                     raise error_of(call, answer.status, await answer.read(), _retry_after_s(answer))
+                accepted = True
                 yield b""
                 async for chunk in answer.content.iter_any():
                     rest += chunk
@@ -123,6 +128,9 @@ class Transport:
                     for line in lines:
                         yield line
         except _BROKEN as error:
+            # Whoever asks again from where it ended misses nothing, and learns whether the server is there.
+            if accepted and isinstance(error, aiohttp.SocketTimeoutError):
+                return
             raise Unavailable(f"{call}: {_why(error)}") from error
 
     async def close(self) -> None:

@@ -15,7 +15,7 @@ from ensemble_operator.addresses import check_address
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.planner import plan
 from ensemble_operator.allocation.problem import Problem
-from ensemble_operator.api import InferenceEnsemble, cluster_only, not_acted_upon
+from ensemble_operator.api import InferenceEnsemble, cluster_only
 from ensemble_operator.errors import EnsembleError
 from ensemble_operator.planning.settings import options_of
 from ensemble_operator.plans import Tensors, model_source
@@ -196,5 +196,3 @@ def check_quorum(ensemble: InferenceEnsemble, causes: Mapping[str, str], sources
 def _say_what_is_set_aside(ensemble: InferenceEnsemble, teller: Teller) -> None:
     if aside := cluster_only(ensemble):
         teller.note(f"set aside, they describe a cluster: {', '.join(aside)}")
-    if ahead := [path for path in not_acted_upon(ensemble) if path != "spec.planning.evaluate"]:
-        teller.warn(f"accepted, and not acted upon yet: {', '.join(ahead)}")

@@ -173,6 +173,23 @@ async def test_a_stream_that_breaks_is_trouble() -> None:
             await anext(lines)
 
 
+async def test_a_stream_that_is_silent_for_long_ends() -> None:
+    """An API server says nothing of a kind of which nothing has happened; one that is away does not accept."""
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        await answer.write(b"a\n")
+        await asyncio.sleep(30)
+        return answer
+
+    async with transport_to(stream) as transport, asyncio.timeout(10):
+        assert [line async for line in transport.stream(CALL, {}, silence_s=0.2)] == [b"", b"a"]
+    async with transport_to(hangs) as transport, asyncio.timeout(10):
+        with pytest.raises(Unavailable, match="no answer in time"):
+            await anext(transport.stream(CALL, {}, silence_s=0.2))
+
+
 async def test_a_stream_that_is_refused_is_told() -> None:
     async with transport_to(says(410, '{"message": "too old", "reason": "Expired"}')) as transport:
         with pytest.raises(Exception, match="too old"):
