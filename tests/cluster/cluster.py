@@ -91,7 +91,9 @@ class Cluster:
         return done.stdout
 
 
-def until(found: Callable[[], Found], timeout_s: float, what: str, why: Callable[[], object] = lambda: "") -> Found:
+def until(
+    found: Callable[[], Found | None], timeout_s: float, what: str, why: Callable[[], object] = lambda: ""
+) -> Found:
     """The first true value of `found`; fails the test after `timeout_s`, with what `why` says then."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -26,8 +26,10 @@ MAX_SHOWN = 2_000
 # Refusals by RBAC; every other 403 is an admission rule's. The verb is the server's word: server-side apply needs
 # `create`, too, where the object is new.
 _RBAC = re.compile(r'cannot (\w+) resource "([^"]+)" in API group "([^"]*)"')
-# What the schema does not know is answered with 500 to server-side apply.
-_NO_SUCH_FIELD = "failed to create typed patch object"
+# Server-side apply answers with 500 to what the schema does not know, and to values that its types cannot hold.
+_NEVER_VALID = re.compile(r"failed to (create typed patch object|convert new object)|unable to convert unstructured")
+# An admission webhook that does not answer, and whose failure policy is Fail, is a 500, too.
+_WEBHOOK = "failed calling webhook"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,9 @@ def error_of(call: Call, code: int, body: bytes, retry_after_s: float | None = N
             return Refused(text)
         verb, resource, group = refused.groups()
         return Forbidden(verb, group, resource, call.namespace, message)
-    if (code == 429 or code >= 500) and not message.startswith(_NO_SUCH_FIELD):
+    if code == 500 and _WEBHOOK in message:
+        return Refused(text)
+    if (code == 429 or code >= 500) and not _NEVER_VALID.search(message):
         return Unavailable(text, retry_after_s)
     if code == 410 or reason in ("Expired", "Gone"):
         return Expired(text)

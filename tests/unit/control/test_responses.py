@@ -48,6 +48,8 @@ def status(message: str, **parts: Any) -> bytes:
         (429, status("slow down"), Unavailable),
         (500, status("etcdserver: request timed out"), Unavailable),
         (500, status("failed to create typed patch object (a/b): .dta: field not declared in schema"), Invalid),
+        (500, status("failed to convert new object (a/b; apps/v1, Kind=StatefulSet) to proper version"), Invalid),
+        (500, status('Internal error occurred: failed calling webhook "x.y": connection refused'), Refused),
         (502, b"<html>proxy</html>", Unavailable),
         (503, b"", Unavailable),
         (503, b"\xff\xfe", Unavailable),

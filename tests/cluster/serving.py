@@ -1,0 +1,227 @@
+"""An ensemble that multiplies, its model files in the cluster, and a pod that asks it all the while."""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from charts.tiny import WIDTH, tiny_network
+
+from tests.cluster.cluster import ROOT, Cluster, Manifest, pod, until
+
+API = "ensemble-operator.io/v1alpha1"
+SETTLE_S = 120.0
+HARMS = ("unconnected", "lost", "failed", "wrong")
+
+
+@dataclass(frozen=True, slots=True)
+class Ensemble:
+    """An ensemble of the cluster, by its name."""
+
+    cluster: Cluster
+    namespace: str
+    name: str
+
+    def apply(self, spec: Manifest) -> None:
+        """Make it, or make it so."""
+        metadata = {"name": self.name}
+        manifest = {"apiVersion": API, "kind": "InferenceEnsemble", "metadata": metadata, "spec": spec}
+        self.cluster.apply(manifest, self.namespace)
+
+    def settled(self, devices: int, timeout_s: float = SETTLE_S) -> None:
+        """Wait until the operator has nothing left to do for it and holds so many devices."""
+        until(lambda: self._is_settled(devices), timeout_s, f"{self.name} with {devices} devices", self.explanation)
+
+    def instances(self) -> dict[str, set[str]]:
+        """The workers of each member, by the plan that its status shows."""
+        found: dict[str, set[str]] = {}
+        for row in self._get()["status"]["allocation"]["rows"]:
+            for instance in row["instances"]:
+                found.setdefault(instance["member"], set()).add(row["worker"])
+        return found
+
+    def pods(self, component: str = "") -> dict[str, Manifest]:
+        """Its pods by name, of one component or of both."""
+        selector = f"ensemble-operator.io/ensemble={self.name}"
+        if component:
+            selector += f",app.kubernetes.io/component={component}"
+        items = self.cluster.get("pods", "-n", self.namespace, "-l", selector)["items"]
+        return {item["metadata"]["name"]: item for item in items}
+
+    def explanation(self) -> str:
+        """What a person would look at."""
+        described = self.cluster.kubectl("describe", "inferenceensemble", self.name, "-n", self.namespace)
+        pods = self.cluster.kubectl("get", "pods", "-n", self.namespace, "-o", "wide")
+        selector = f"ensemble-operator.io/ensemble={self.name}"
+        logs = self.cluster.kubectl("logs", "-n", self.namespace, "-l", selector, "--tail=15", check=False)
+        return f"{described}\n{pods}\n{logs}"
+
+    def _get(self) -> Any:
+        return self.cluster.get("inferenceensemble", self.name, "-n", self.namespace)
+
+    def _is_settled(self, devices: int) -> bool:
+        found = self._get()
+        status = found.get("status", {})
+        if status.get("observedGeneration") != found["metadata"]["generation"]:
+            return False
+        said = {c["type"]: c["status"] for c in status["conditions"]}
+        held = status["devices"]["summary"] == f"{devices}/{devices}"
+        quiet = said.get("Degraded") != "True" and said.get("RolloutBlocked") != "True"
+        return held and said["Ready"] == "True" and quiet
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What became of requests: of all so far, or of those between two looks."""
+
+    outcomes: Mapping[str, int]
+    factors: Mapping[str, int]
+    last: tuple[str, ...]
+    errors: tuple[str, ...]
+
+    def since(self, then: Asked) -> Asked:
+        """What came after `then`."""
+        outcomes = {name: count - then.outcomes[name] for name, count in self.outcomes.items()}
+        factors = {factor: count - then.factors.get(factor, 0) for factor, count in self.factors.items()}
+        return Asked(outcomes, {f: count for f, count in factors.items() if count}, self.last, self.errors)
+
+    @property
+    def harms(self) -> dict[str, int]:
+        """The requests without a right answer, by kind."""
+        return {name: self.outcomes[name] for name in HARMS if self.outcomes[name]}
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """The pod that asks."""
+
+    cluster: Cluster
+    namespace: str
+    name: str
+
+    def asked(self) -> Asked:
+        """All so far."""
+        line = json.loads(self.cluster.kubectl("logs", self.name, "-n", self.namespace, "--tail=1"))
+        outcomes = {name: line[name] for name in ("sent", "answered", *HARMS)}
+        return Asked(outcomes, line["factors"], tuple(line["last"]), tuple(line["errors"]))
+
+    def hears(self, factor: str, timeout_s: float) -> None:
+        """Wait until every asker's newest answer is this many times its question."""
+        until(lambda: self.asked().last == (factor,), timeout_s, f"answers of {factor}", self.asked)
+
+    def goes_on(self, answers: int = 100) -> Asked:
+        """What became of the requests from now until so many more are answered."""
+        then = self.asked()
+        return until(lambda: self._since(then, answers), 60, f"{answers} more answers", self.asked)
+
+    def _since(self, then: Asked, answers: int) -> Asked | None:
+        found = self.asked().since(then)
+        return found if found.outcomes["answered"] >= answers else None
+
+
+def start_client(ensemble: Ensemble, node: str) -> Client:
+    """Ask the ensemble from a pod on this node, until the namespace is gone."""
+    cluster, namespace, name = ensemble.cluster, ensemble.namespace, "steady"
+    program = (ROOT / "tests/cluster/steady.py").read_text()
+    files = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"steady.py": program}}
+    cluster.apply(files, namespace)
+    command = ("python", "/files/steady.py", ensemble.name, ensemble.name)
+    client = pod(name, cluster.image("gateway"), command, name)
+    client["spec"]["nodeName"] = node
+    cluster.apply(client, namespace)
+    cluster.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "-n", namespace, "--timeout=60s", timeout_s=90)
+    found = Client(cluster, namespace, name)
+    until(lambda: cluster.kubectl("logs", name, "-n", namespace), 30, "its first line")
+    return found
+
+
+def serve_models(cluster: Cluster, namespace: str, factors: Mapping[str, float], node: str = "") -> None:
+    """The networks as http://models:8080/NAME.onnx, from a pod."""
+    cluster.apply(_model_files(factors), namespace)
+    server = pod("models", cluster.image("gateway"), ("python", "-m", "http.server", "8080", "-d", "/files"), "models")
+    server["metadata"]["labels"] = {"app": "models"}
+    if node:
+        server["spec"]["nodeName"] = node
+    cluster.apply(server, namespace)
+    spec = {"selector": {"app": "models"}, "ports": [{"port": 8080}]}
+    cluster.apply({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "models"}, "spec": spec}, namespace)
+    cluster.kubectl("wait", "--for=condition=Ready", "pod/models", "-n", namespace, "--timeout=60s", timeout_s=90)
+
+
+@contextmanager
+def claim_of_models(cluster: Cluster, namespace: str, claim: str, factors: Mapping[str, float]) -> Iterator[None]:
+    """The networks as pvc://CLAIM/NAME.onnx, from a folder of the same path and content on every node."""
+    unique = f"{claim}-{secrets.token_hex(4)}"
+    folder = f"/var/tmp/{unique}"
+    kind = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": unique}}
+    cluster.kubectl("apply", "-f", "-", content=kind)
+    size = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
+    volume = {
+        **size,
+        "capacity": {"storage": "1Mi"},
+        "hostPath": {"path": folder},
+        "claimRef": {"namespace": namespace, "name": claim},
+    }
+    request = {**size, "volumeName": unique, "resources": {"requests": {"storage": "1Mi"}}}
+    try:
+        cluster.apply(_model_files(factors), unique)
+        _on_every_node(cluster, unique, folder, "cp /files/* /folder/ && chmod -R a+rX /folder")
+        persistent = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": unique}, "spec": volume}
+        cluster.kubectl("apply", "-f", "-", content=persistent)
+        wanted = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": claim}, "spec": request}
+        cluster.apply(wanted, namespace)
+        yield
+    finally:
+        _on_every_node(cluster, unique, folder, "rm -f /folder/*")
+        cluster.kubectl("delete", "persistentvolume", unique, "--wait=false", "--ignore-not-found")
+        cluster.kubectl("delete", "namespace", unique, "--wait=false")
+
+
+def _on_every_node(cluster: Cluster, namespace: str, folder: str, script: str) -> None:
+    names = []
+    for node in cluster.get("nodes")["items"]:
+        name = f"run-{secrets.token_hex(4)}"
+        manifest = pod(name, cluster.image("gateway"), ("sh", "-c", script), "models")
+        manifest["spec"]["nodeName"] = node["metadata"]["name"]
+        manifest["spec"]["securityContext"] = {"runAsUser": 0}
+        manifest["spec"]["containers"][0]["volumeMounts"].append({"name": "folder", "mountPath": "/folder"})
+        host: Manifest = {"path": folder, "type": "DirectoryOrCreate"}
+        manifest["spec"]["volumes"].append({"name": "folder", "hostPath": host})
+        cluster.apply(manifest, namespace)
+        names.append(f"pod/{name}")
+    done = ("--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
+    cluster.kubectl("wait", *names, *done, "-n", namespace, timeout_s=90)
+
+
+def _model_files(factors: Mapping[str, float]) -> Manifest:
+    files = {f"{name}.onnx": base64.b64encode(tiny_network(factor)).decode() for name, factor in factors.items()}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "models"}, "binaryData": files}
+
+
+def spec_of(uris: Mapping[str, str], weights: Mapping[str, float], devices: int) -> Manifest:
+    """Of an ensemble whose answer is the weighted mean of its members' multiples of the question."""
+    members = [
+        {"name": name, "model": {"uri": uris[name]}, "format": "onnx", "weight": weight}
+        for name, weight in weights.items()
+    ]
+    return {
+        "members": members,
+        "input": {"name": "numbers", "datatype": "FP32", "shape": [WIDTH]},
+        "output": {"name": "doubled", "datatype": "FP32", "shape": [WIDTH]},
+        "combine": {"rule": "weightedMean"},
+        "devices": {"count": devices, "resource": "cpu", "cores": "100m", "memory": "1Gi"},
+        "batching": {"sizes": [1, 8], "maxQueueBytes": "16Mi"},
+        "planning": {"profileBudget": "10s"},
+        "gateway": {"replicas": 2, "timeout": "10s"},
+    }
+
+
+def factor_of(factors: Mapping[str, float], weights: Mapping[str, float]) -> str:
+    """How many times the question the answer is, as a client's tally writes it."""
+    total = sum(weight * factors[name] for name, weight in weights.items())
+    return f"{total / sum(weights.values()):.4f}"

@@ -1,0 +1,37 @@
+"""The benchmark of the operator at size, small: nothing is refused, and an idle cluster costs next to nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+from benchmarks import control_plane as benchmark
+
+from tests.support.control_plane import ControlPlane
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_few_ensembles_become_ready_and_rest(
+    control_plane: ControlPlane, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a control plane of its own; the fixture says where the binaries are, or skips."""
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    file = tmp_path / "figures.json"
+    size = ["--ensembles", "3", "--nodes", "2", "--gpus", "3", "--within", "90"]
+    done = benchmark.main(
+        [*size, "--quiet", "3", "--idle", "4", "--folder", str(tmp_path / "logs"), "--json", str(file)]
+    )
+    assert done == 0
+    found = json.loads(file.read_text())
+    assert len(found["readyS"]) == 3
+    refused = found["start"]["refused"]
+    assert set(refused) <= {"get secrets 404"}, "only what is not there yet is refused"
+    assert found["start"]["failed"] == 0
+    assert set(found["idle"]["requests"]) <= {"update leases"}
+    assert found["idle"]["reconciles"] == 0
+    text = capsys.readouterr().out
+    assert "Ready: first, median, last" in text
+    assert {process.pid for process in psutil.Process().children(recursive=True)} <= before

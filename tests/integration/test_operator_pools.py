@@ -1,0 +1,207 @@
+"""Devices: half of what is needed, several pools, other counts, and ends that nobody saw to."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ensemble_contract.pod import CPU_INSTEAD_OF_GPU
+from ensemble_operator.control.acquire import pause_s
+from tests.support.control_plane import ControlPlane
+from tests.support.kube_client import condition_of
+from tests.support.kubelet import Kubelet
+from tests.support.models import export_mlp
+from tests.support.operating import KIND, Operating, member, operating, resource
+
+ROW = [0.5] * 64
+CPU = {"resource": "cpu", "cores": "500m", "memory": "1Gi"}
+# Its children, but for those that its pods are made of.
+OWNED = (
+    "Secret",
+    "ConfigMap",
+    "Service",
+    "ServiceAccount",
+    "NetworkPolicy",
+    "PodDisruptionBudget",
+    "StatefulSet",
+    "Deployment",
+    "Pod",
+)
+
+pytestmark = pytest.mark.timeout(150)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    return {name: export_mlp(tmp_path / f"{name}.pt2", seed=seed) for seed, name in enumerate("ab")}
+
+
+def large(name: str, path: Path, memory_bytes: int) -> dict[str, Any]:
+    """A member that says it needs so much memory at batch size 1."""
+    profile = {"measurements": [{"batchSize": 1, "memory": str(memory_bytes), "latency": "1ms"}]}
+    return {**member(name, path), "profile": profile}
+
+
+async def owned(world: Operating, name: str) -> list[tuple[str, str]]:
+    """What there is of an ensemble's children."""
+    selector = f"ensemble-operator.io/ensemble={name}"
+    return [
+        (kind, child["metadata"]["name"])
+        for kind in OWNED
+        for child in await world.kube.list(kind, world.namespace, labelSelector=selector)
+    ]
+
+
+async def until_gone(world: Operating, name: str) -> None:
+    left: list[tuple[str, str]] = []
+    try:
+        async with asyncio.timeout(30):
+            while left := await owned(world, name):
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        raise AssertionError(f"not collected: {left}") from None
+
+
+async def check_answers(world: Operating, name: str) -> None:
+    answer = await world.ask(name, [ROW])
+    assert "outputs" in answer, answer
+
+
+def two_that_differ(namespace: str, timeout_s: float) -> tuple[str, str]:
+    """Names of two ensembles that give devices back for unlike times: the first one's is short, the other's long."""
+    pauses = {name: pause_s(0, f"{namespace}/{name}", timeout_s) for name in (f"e{number}" for number in range(40))}
+    return min(pauses, key=lambda name: pauses[name]), max(pauses, key=lambda name: pauses[name])
+
+
+async def test_two_that_each_hold_half_do_not_wait_for_ever(
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path]
+) -> None:
+    """One GPU each and no plan on it: both give back, one comes first and serves, then the other."""
+    timeout_s = 10.0
+    early, late = two_that_differ(namespace, timeout_s)
+    # Two of them do not fit on one device, of which this machine's free memory is the capacity.
+    needed = int(0.55 * psutil.virtual_memory().available)
+    members = [large(name, files[name], needed) for name in "ab"]
+    batching = {"sizes": [1], "maxQueueBytes": "16Mi"}
+    environment = {CPU_INSTEAD_OF_GPU: "1"}
+    async with operating(control_plane, namespace, gpus=2, environment=environment) as world:
+        for name in (early, late):
+            await world.apply(resource(name, members, devices={"count": 1}, batching=batching))
+        for name in (early, late):
+            await world.until(name, lambda s: reason(s, "Planned") == "DoesNotFit")
+        for name in (early, late):
+            devices = {"count": 2, "acquireTimeout": f"{timeout_s:g}s"}
+            await world.apply(resource(name, members, devices=devices, batching=batching))
+        for name in (early, late):
+            await world.until(name, lambda s: reason(s, "DevicesAcquired") == "AcquireTimeout", 2 * timeout_s)
+        await world.until_ready(early)
+        await check_answers(world, early)
+        await world.kube.delete(KIND, namespace, early)
+        await world.until_ready(late)
+        await check_answers(world, late)
+
+
+async def test_pools_counts_and_autoscaling(
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path]
+) -> None:
+    """A member fits only on the second pool's device; later pools and counts come and go without an interruption."""
+    a, b = member("a", files["a"]), large("b", files["b"], 1536 << 20)
+    small = member("b", files["b"])
+    async with operating(control_plane, namespace) as world:
+        extra = [{**CPU, "count": 1, "memory": "3Gi"}]
+        one: dict[str, Any] = {"devices": {"count": 1, **CPU}, "batching": {"sizes": [1], "maxQueueBytes": "16Mi"}}
+        await world.apply(resource("tiny", [a, b], **one, extraDevices=extra))
+        status = await world.until_ready("tiny")
+        assert status["devices"]["summary"] == "2/2"
+        placed = {w["worker"]: [i["member"] for i in w["instances"]] for w in status["allocation"]["rows"]}
+        assert "b" in placed["tiny-worker-x1-0"]
+        assert "b" not in placed.get("tiny-worker-0", [])
+        await check_answers(world, "tiny")
+
+        await world.apply(resource("tiny", [a, small], **one))
+        await world.until_ready("tiny")
+        await world.kube.wait_for("StatefulSet", namespace, "tiny-worker-x1", lambda found: found is None)
+        await check_answers(world, "tiny")
+
+        scale(control_plane, namespace, "tiny", 2)
+        await world.until("tiny", lambda s: s["devices"]["summary"] == "2/2" and s["replicas"] == 2)
+        scale(control_plane, namespace, "tiny", 1)
+        await world.until("tiny", lambda s: s["devices"]["summary"] == "1/1" and s["replicas"] == 1)
+        await check_answers(world, "tiny")
+
+        # `count` belongs to whoever scales now, who gives it up for autoscaling to have it.
+        await world.kube.patch(KIND, namespace, "tiny", {"spec": {"devices": {"count": None}, **between(2, 3)}})
+        status = await world.until("tiny", lambda s: s["devices"]["summary"] == "2/2")
+        assert "2 devices are held" in message(status, "Accepted")
+        await check_answers(world, "tiny")
+
+
+def between(least: int, most: int) -> dict[str, Any]:
+    return {"autoscaling": {"min": least, "max": most}}
+
+
+def scale(plane: ControlPlane, namespace: str, name: str, count: int) -> None:
+    """`kubectl scale`."""
+    command = [plane.binaries / "kubectl", f"--kubeconfig={plane.kubeconfig}", f"--namespace={namespace}", "scale"]
+    arguments = [f"--replicas={count}", f"inferenceensembles.ensemble-operator.io/{name}"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+async def test_deleted_while_nobody_looks_and_made_again(
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path]
+) -> None:
+    """The garbage collector takes the children by their owner; one of the same name gets its own. Then all must go."""
+    own = control_plane.new_namespace("operator")
+    async with operating(control_plane, namespace, pod_namespace=own) as world:
+        wanted = resource("tiny", [member("a", files["a"])], devices={"count": 1, **CPU})
+        await world.apply(wanted)
+        await world.until_ready("tiny")
+        await world.end_operator()
+        await world.kube.delete(KIND, namespace, "tiny")
+        await until_gone(world, "tiny")
+        await world.start_operator()
+        await world.apply(wanted)
+        await world.until_ready("tiny")
+        await check_answers(world, "tiny")
+
+        await world.kube.delete("Namespace", "", namespace)
+        await world.kube.wait_for("Namespace", "", namespace, lambda found: found is None)
+        assert world.operator is not None
+        assert not world.operator.done(), "a namespace that goes takes no operator with it"
+
+
+async def test_a_node_that_is_gone_keeps_no_worker(
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path]
+) -> None:
+    """Its worker's pod stays as nobody confirms the deletion, and no other may have its name: the operator forces it."""
+    async with operating(control_plane, namespace) as world:
+        await world.apply(resource("tiny", [member("a", files["a"])], devices={"count": 1, **CPU}))
+        await world.until_ready("tiny")
+        lost = world.kubelet
+        pods = list(lost.pods)
+        async with Kubelet(world.kube, namespace) as node:
+            world.kubelet = node
+            await lost.cut()
+            await world.kube.patch("Node", "", lost.name, {"spec": {"unschedulable": True}})
+            # As whoever evicts the pods of a lost node does.
+            for pod in pods:
+                await world.kube.delete("Pod", namespace, pod, grace_s=1)
+            status = await world.until("tiny", lambda s: reason(s, "Ready") != "Ready", 30)
+            assert message(status, "Ready")
+            await world.until("tiny", lambda s: reason(s, "Ready") == "Ready", 60)
+            await check_answers(world, "tiny")
+            assert "tiny-worker-0" in node.pods
+
+
+def reason(status: dict[str, Any], type_: str) -> str:
+    return str(condition_of({"status": status}, type_).get("reason", ""))
+
+
+def message(status: dict[str, Any], type_: str) -> str:
+    return str(condition_of({"status": status}, type_).get("message", ""))
