@@ -60,8 +60,8 @@ class Cluster:
         return json.loads(self.kubectl("get", *arguments, "-o", "json"))
 
     def apply(self, manifest: Manifest, namespace: str) -> None:
-        """Apply one manifest."""
-        self.kubectl("apply", "--server-side", "-n", namespace, "-f", "-", content=manifest)
+        """Apply one manifest, and have its way where another manager (`kubectl scale`) has set a field."""
+        self.kubectl("apply", "--server-side", "--force-conflicts", "-n", namespace, "-f", "-", content=manifest)
 
     def run_pod(self, namespace: str, target: str, *command: str, files: str = "", timeout_s: float = 60) -> str:
         """Run a command in a pod of one of our images, restricted as ours are; what it printed.

@@ -26,7 +26,7 @@ REFUSED = {
 def outcome(monitor: zmq.Socket[bytes]) -> str:
     """The first event that tells."""
     deadline = time.monotonic() + WAIT_S
-    while monitor.poll(max(0.0, deadline - time.monotonic()) * 1000):
+    while monitor.poll(int(max(0.0, deadline - time.monotonic()) * 1000)):
         event = recv_monitor_message(monitor)["event"]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             return "admitted"

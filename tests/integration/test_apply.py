@@ -233,7 +233,8 @@ async def test_ctrl_c_in_the_middle_leaves_a_server_that_serves(world: World) ->
             while b"step 1" not in await process.stderr.readline():
                 pass
             process.send_signal(signal.SIGINT)
-            assert await process.wait() == 130
+            # It may have been quicker than the signal.
+            assert await process.wait() in (0, 130)
             while (await world.status())["phase"] == "Changing":
                 await asyncio.sleep(0.05)
         await load.only("1")

@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ async def test_killed_at_every_stage(
             async with asking(world, "tiny", ROW) as answers:
                 await world.apply(second)
                 for step in range(3):
-                    await stages.kill_when(lambda step=step: past(world, before + step), f"step {step} of the rollout")
+                    await stages.kill_when(partial(past, world, before + step), f"step {step} of the rollout")
                 await world.until_ready("tiny")
             assert answers.failed == []
             assert answers.count > 10

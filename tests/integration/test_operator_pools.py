@@ -147,9 +147,9 @@ def between(least: int, most: int) -> dict[str, Any]:
 
 def scale(plane: ControlPlane, namespace: str, name: str, count: int) -> None:
     """`kubectl scale`."""
-    command = [plane.binaries / "kubectl", f"--kubeconfig={plane.kubeconfig}", f"--namespace={namespace}", "scale"]
-    arguments = [f"--replicas={count}", f"inferenceensembles.ensemble-operator.io/{name}"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=30, check=False)
+    command = [str(plane.binaries / "kubectl"), f"--kubeconfig={plane.kubeconfig}", f"--namespace={namespace}"]
+    scaling = ["scale", f"--replicas={count}", f"inferenceensembles.ensemble-operator.io/{name}"]
+    done = subprocess.run([*command, *scaling], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -179,7 +179,7 @@ async def test_deleted_while_nobody_looks_and_made_again(
 async def test_a_node_that_is_gone_keeps_no_worker(
     control_plane: ControlPlane, namespace: str, files: dict[str, Path]
 ) -> None:
-    """Its worker's pod stays as nobody confirms the deletion, and no other may have its name: the operator forces it."""
+    """Nobody there confirms that its worker's pod ended, and no other may have its name: the operator forces it."""
     async with operating(control_plane, namespace) as world:
         await world.apply(resource("tiny", [member("a", files["a"])], devices={"count": 1, **CPU}))
         await world.until_ready("tiny")

@@ -58,6 +58,11 @@ def places(value: Any, path: Path = ()) -> Iterator[Path]:
         yield from places(part, (*path, key))
 
 
+def put(value: Any, path: Path, new: object) -> None:
+    """Set what is at a path."""
+    _at(value, path[:-1])[path[-1]] = new
+
+
 def _at(value: Any, path: Path) -> Any:
     for key in path:
         value = value[key]
@@ -65,7 +70,8 @@ def _at(value: Any, path: Path) -> Any:
 
 
 def _change(rng: random.Random, spec: Any, path: Path, others: Sequence[Path]) -> None:
-    holder, last = _at(spec, path[:-1]), path[-1]
+    holder: Any = _at(spec, path[:-1])
+    last: Any = path[-1]
     action = rng.choice(("value", "value", "value", "other", "remove", "repeat", "unknown"))
     if action == "value":
         holder[last] = _value_for(rng, holder[last])

@@ -42,7 +42,7 @@ def test_a_digest_that_differs_is_named(tmp_path: Path) -> None:
         ("/no/such/model.pt2", "there is no file /no/such/model.pt2"),
         ("file:///no/such/model.pt2", "there is no file"),
         ("file:///", "not a file"),
-        ("pvc://claim/model.pt2", "pvc: is not a place"),
+        ("pvc://shelf/cats/a%20model.pt2", "there is no file /models/shelf/cats/a model.pt2"),
         ("what://model.pt2", "what: is not a place"),
     ],
 )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ensemble_contract.plan import ModelSource
+from ensemble_contract.pod import CLAIMS_FOLDER
 from ensemble_worker.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -74,10 +75,12 @@ def default_cache_dir() -> Path:
 
 
 def local_path(uri: str) -> Path | None:
-    """The path of a `file:` URI or a bare path; None for what lies elsewhere."""
+    """The path of a `file:` URI, of a file on a mounted claim (`pvc:`) or a bare path; None for what lies elsewhere."""
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme == "file":
         return Path(urllib.parse.unquote(parts.path))
+    if parts.scheme == "pvc":
+        return Path(CLAIMS_FOLDER, parts.netloc, urllib.parse.unquote(parts.path).lstrip("/"))
     return None if parts.scheme else Path(uri)
 
 

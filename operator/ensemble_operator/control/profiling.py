@@ -93,8 +93,8 @@ def assign(
 ) -> dict[str, ProfileJob]:
     """The jobs that free workers are to be given now, urgent needs first and alone; busy workers keep theirs.
 
-    Nobody is given more than half of its part of what is open (guided self-scheduling, Polychronopoulos and Kuck, 1987):
-    a worker that comes later finds something to do, and one with slow members does not finish long after the others.
+    Nobody is given more than half of its part of what is open (guided self-scheduling, Polychronopoulos and Kuck
+    1987): a worker that comes later finds something to do, and one with slow members does not end long after.
     """
     jobs = {}
     spec = ensemble.spec
