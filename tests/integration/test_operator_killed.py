@@ -141,7 +141,8 @@ async def test_killed_at_every_stage(
             await stages.note()
             check_children(stages)
             await check_end(world)
-            assert max(measurings(world).values()) == 1, "nothing is measured twice"
+            counts = measurings(world)
+            assert max(counts.values()) == 1, f"measured twice: {counts}"
             assert operator.end() == 0
             assert operator.defects() == []
 

@@ -37,7 +37,8 @@ class Pod:
     """A worker's or a gateway's pod.
 
     `life` changes whenever its container starts anew. `away_since` is when it stopped being Ready (Unix time), None
-    while it is. `trouble` says why it does not start; `unschedulable` quotes the scheduler.
+    while it is. `trouble` says why it does not start; `unschedulable` quotes the scheduler. `abandoned`: evicted by a
+    taint of its node when it had ceased to be Ready before, as the pods of a node do that is gone.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Pod:
     leaving_since: float | None
     trouble: str = ""
     unschedulable: str = ""
+    abandoned: bool = False
 
     def is_coming(self, now: float) -> bool:
         """Whether it may soon be there: it is new, and neither its node nor the scheduler objects."""
@@ -67,7 +69,9 @@ class Pod:
 
     def is_stuck(self, now: float) -> bool:
         """Whether it should be gone, and nobody on its node has removed it."""
-        return self.leaving_since is not None and now > self.leaving_since + UNREACHABLE_AFTER_S
+        if self.leaving_since is None:
+            return False
+        return self.abandoned or now > self.leaving_since + UNREACHABLE_AFTER_S
 
 
 def read_pods(manifests: Iterable[Manifest], component: str) -> tuple[Pod, ...]:
@@ -107,6 +111,7 @@ def read_pod(manifest: Manifest) -> Pod | None:
         leaving_since=unix_time(metadata["deletionTimestamp"]) if metadata.get("deletionTimestamp") else None,
         trouble=_trouble(first),
         unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
+        abandoned=_is_abandoned(ready, conditions.get("DisruptionTarget", {})),
     )
 
 
@@ -123,6 +128,13 @@ def unix_time(text: str | None) -> float:
 def rfc3339(seconds: float) -> str:
     """A time as the API writes it."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _is_abandoned(ready: Manifest, disruption: Manifest) -> bool:
+    if (disruption.get("status"), disruption.get("reason")) != ("True", "DeletionByTaintManager"):
+        return False
+    away, evicted = (unix_time(condition.get("lastTransitionTime")) for condition in (ready, disruption))
+    return ready.get("status") != "True" and away < evicted
 
 
 def _trouble(container: Manifest) -> str:

@@ -12,7 +12,7 @@ import pytest
 from ensemble_operator.control.drift import Applied
 from ensemble_operator.control.keyring import contents_of, keyring
 from ensemble_operator.control.overrides import check_allowed, remarks
-from ensemble_operator.control.pods import UNREACHABLE_AFTER_S, read_pod, read_pods
+from ensemble_operator.control.pods import UNREACHABLE_AFTER_S, read_pod, read_pods, unix_time
 from ensemble_operator.errors import InvalidSpec
 from ensemble_operator.keys import new_pair
 from tests.unit.control.ensembles import ensemble
@@ -140,6 +140,36 @@ def test_a_pod_that_should_be_gone_is_stuck() -> None:
     assert found.leaving_since is not None
     assert not found.is_stuck(found.leaving_since + 1)
     assert found.is_stuck(found.leaving_since + UNREACHABLE_AFTER_S + 1)
+
+
+@pytest.mark.parametrize(
+    ("away", "reason", "stuck"),
+    [
+        ("2026-01-01T00:00:00Z", "DeletionByTaintManager", True),
+        # It was Ready until it was told to leave: its kubelet is there and ends it.
+        ("2026-01-01T00:00:31Z", "DeletionByTaintManager", False),
+        ("2026-01-01T00:00:00Z", "EvictionByEvictionAPI", False),
+    ],
+)
+def test_a_pod_evicted_from_a_node_that_is_gone_is_stuck_at_once(away: str, reason: str, stuck: bool) -> None:
+    evicted = a_pod(
+        conditions=[
+            {"type": "Ready", "status": "False", "lastTransitionTime": away},
+            {
+                "type": "DisruptionTarget",
+                "status": "True",
+                "reason": reason,
+                "lastTransitionTime": "2026-01-01T00:00:30Z",
+            },
+        ]
+    )
+    alive = read_pod(evicted)
+    assert alive is not None
+    assert not alive.is_stuck(unix_time("2026-01-01T01:00:00Z"))
+    evicted["metadata"]["deletionTimestamp"] = "2026-01-01T00:01:00Z"
+    found = read_pod(evicted)
+    assert found is not None
+    assert found.is_stuck(unix_time("2026-01-01T00:00:32Z")) is stuck
 
 
 def test_what_reaches_further_is_refused_with_its_path_unless_allowed() -> None:
