@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
 from ensemble_operator.control import conditions as c
 from ensemble_operator.control.book import Book
@@ -33,8 +33,9 @@ URGENT_PERIOD_S, PERIOD_S, IDLE_PERIOD_S = 0.5, 3.0, 10.0
 class Measuring:
     """Gives workers what is to be measured, and learns what they found."""
 
-    def __init__(self, world: World, fleet: Fleet, observer: Observer) -> None:
-        self._world, self._fleet, self._observer = world, fleet, observer
+    def __init__(self, world: World, fleet: Fleet, observer: Observer, keep: Callable[[Pass], Awaitable[None]]) -> None:
+        """`keep` writes the book of a pass where it outlives the operator."""
+        self._world, self._fleet, self._observer, self._keep = world, fleet, observer, keep
 
     async def go_on(self, one: Pass) -> bool:
         """Learn what is new, and have measured what is missing; whether enough is known for a plan."""
@@ -61,7 +62,10 @@ class Measuring:
         left = needs(one.spec, one.sources, classes, one.book, one.now)
         await self._end_obsolete(one, measurers, workers)
         jobs = assign(one.spec, one.sources, left.now, measurers)
-        await self._give(one, jobs, workers)
+        if jobs:
+            # A worker that is given another job forgets the results of the former.
+            await self._keep(one)
+            await self._give(one, jobs, workers)
         if jobs or any(m.report.state == "running" for m in measurers):
             one.again(URGENT_PERIOD_S if left.urgent else PERIOD_S)
         else:

@@ -37,9 +37,9 @@ class Reconciler:
         self._observer = Observer(world.store, self._fleet, world.settings)
         self._upkeep = Upkeep(world)
         self._acquiring = Acquiring(world, self._upkeep, child_settings(world))
-        self._measuring = Measuring(world, self._fleet, self._observer)
-        self._planning = Planning(self._planner)
         self._rolling = Rolling(world, self._fleet, self._observer, self._upkeep)
+        self._measuring = Measuring(world, self._fleet, self._observer, self._rolling.write_book)
+        self._planning = Planning(self._planner)
         self._reporter = Reporter(world)
         self._memories: dict[Key, tuple[str, Memory]] = {}
 
