@@ -181,19 +181,6 @@ class Choice(Scalar):
 
 
 @dataclass(frozen=True, slots=True)
-class Flag(Scalar):
-    """True or false."""
-
-    def check(self, value: object, at: Place) -> object:
-        """See Kind."""
-        return value if isinstance(value, bool) else at.must("true or false", value)
-
-    def openapi(self) -> OpenApi:
-        """See Kind."""
-        return {"type": "boolean"}
-
-
-@dataclass(frozen=True, slots=True)
 class Integer(Scalar):
     """A whole number within bounds, both included."""
 
