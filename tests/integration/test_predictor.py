@@ -273,3 +273,10 @@ def test_little_is_done_around_the_model(tmp_path: Path) -> None:
     with torch.inference_mode():
         model_s = _fastest_s(lambda: torch.softmax(frozen(tensor), -1))
     assert _fastest_s(lambda: loaded.run(rows)) - model_s < 30e-6
+
+
+def test_the_thread_that_loads_and_runs_a_model_computes_as_before(tmp_path: Path) -> None:
+    """Denormals and threads are set for a worker's own threads, never for whoever reads a model."""
+    loaded = _load(models.export_mlp(tmp_path / "m.pt2", seed=3), X64, Y10)
+    loaded.run([np.zeros((8, 64), np.float32)])
+    assert np.float32(1e-45) * np.float32(1) > 0

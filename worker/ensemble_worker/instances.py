@@ -228,6 +228,7 @@ class Instances:
         self, placed: Placed, path: Path, shared: predictor.Model | None
     ) -> tuple[predictor.Model, predictor.Predictor, float]:
         """Load and warm up an instance, then time one full batch of zeros. Instances of one model share its weights."""
+        predictor.prepare_thread()
         model = shared or predictor.read_known(
             path, placed.source, placed.inputs, placed.outputs, self._device, placed.batch_size, self._cache_dir
         )

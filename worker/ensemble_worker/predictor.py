@@ -83,7 +83,7 @@ def prepare_cpu(cores: Sequence[int], *, pin: bool, threads: int = 0) -> None:
 
 
 def prepare_thread() -> None:
-    """Have a thread compute as `prepare_cpu` says: called first in every thread that runs models.
+    """Have a thread compute as `prepare_cpu` says: called first in every thread of our own that runs models.
 
     OpenMP keeps its number of threads, and the processor its treatment of denormals, for each thread apart. A thread
     that has not asked torch may use as many as the machine has cores, all on the one core of its device.
@@ -113,7 +113,6 @@ class Model:
         Raises as `read` does.
         """
         fitted = self.fitted
-        prepare_thread()
         with _as_model_errors(self.source, self.device, batch_size), torch.inference_mode():
             check_batch(fitted.fixed_batch, fitted.max_batch, batch_size)
             arguments = (fitted, self.inputs, self.outputs, self.source.activation, batch_size)
@@ -141,7 +140,6 @@ def read(
     A model that does not say which batches it takes must take `batch_size` rows. Raises ModelError (OutOfMemory if
     memory is what lacks) naming the member, its URI and the cause, and DeviceLost if the device cannot be used again.
     """
-    prepare_thread()
     with _as_model_errors(source, device, batch_size), torch.inference_mode():
         loaded = _load_file(path, source.format, device)
         place = torch.device("cpu") if loaded.on_host else _torch_device(device)
