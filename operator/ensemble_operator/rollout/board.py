@@ -34,7 +34,7 @@ class Board:
         self.lingering = [cell for cell in running.lingering - running.planned if cell.worker in there]
         self.free: dict[str, float] = dict(there)
         for cell in (*planned, *self.lingering):
-            self.free[cell.worker] -= self.taken(cell)
+            self.free[cell.worker] -= self.memory.taken_bytes(cell)
         self.live = set(running.live & planned)
         self.failed = running.failed & planned
         self.loading = planned - self.live - self.failed
@@ -64,10 +64,6 @@ class Board:
         """Whether requests wait, so that a version may be without an instance."""
         return self.service.hold and self.wanted.pause and self.settled
 
-    def taken(self, cell: Cell) -> float:
-        """Bytes that an instance takes: all of its device where that is not known."""
-        return min(self.memory.need_bytes(cell), self.memory.usable_bytes[cell.worker])
-
     def served(self, version: Version) -> bool:
         """Whether requests may need this version: any that runs, while gateways change."""
         return not self.holding and (not self.settled or version in self.service.versions)
@@ -95,7 +91,7 @@ class Board:
         self.settled = self.settled and self.told and move.service == self.service
         self.service, self.told = move.service, True
         for cell in move.loads:
-            self.free[cell.worker] -= self.taken(cell)
+            self.free[cell.worker] -= self.memory.taken_bytes(cell)
             self.loading.add(cell)
             if cell in self.wanted.placement:
                 _drop(self.missing, cell)
@@ -116,7 +112,7 @@ class Board:
     def finish(self) -> None:
         """Everything under way has come to its end."""
         for cell in self.lingering:
-            self.free[cell.worker] += self.taken(cell)
+            self.free[cell.worker] += self.memory.taken_bytes(cell)
         self.live |= self.loading
         for cell in self.loading:
             self.live_of[cell.version] += 1
@@ -171,22 +167,22 @@ class Board:
         """
         free, spare = dict(self.free), dict[Version, float]()
         for cell in loads:
-            free[cell.worker] -= self.taken(cell)
+            free[cell.worker] -= self.memory.taken_bytes(cell)
         for cell in (*self.lingering, *going):
-            free[cell.worker] += self.taken(cell)
+            free[cell.worker] += self.memory.taken_bytes(cell)
         for cell in self.live.intersection(going):
             spare[cell.version] = self._spare(spare, cell.version, gently) - 1
         unloads: list[Cell] = []
         for worker, cells in sorted(self.missing.items()):
             extras = self.extra.get(worker, set()).difference(going)
-            order = sorted(extras, key=lambda cell: (self.served(cell.version), -self.taken(cell), cell))
+            order = sorted(extras, key=lambda cell: (self.served(cell.version), -self.memory.taken_bytes(cell), cell))
             room = free[worker]
             for cell in sorted(cells.difference(loads), key=self.urgency):
                 room -= self.memory.need_bytes(cell)
                 chosen = self._chosen(order, -room, spare, gently=gently)
                 if room < 0 and not chosen:
                     break
-                room += sum(map(self.taken, chosen))
+                room += sum(map(self.memory.taken_bytes, chosen))
                 order = [one for one in order if one not in chosen]
                 unloads += chosen
         return unloads
@@ -205,7 +201,7 @@ class Board:
             if cell in self.live and has < 1:
                 continue
             chosen.append(cell)
-            lacking -= self.taken(cell)
+            lacking -= self.memory.taken_bytes(cell)
             left[version] = has - (cell in self.live)
         if lacking > 0:
             return []

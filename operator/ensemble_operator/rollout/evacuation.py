@@ -24,7 +24,7 @@ def evacuations(board: Board, sizes: Sizes) -> tuple[Cell, ...]:
         blockers = [
             cell for worker in circle for cell in board.extra.get(worker, ()) if board.live_of[cell.version] == 1
         ]
-        for blocker in sorted(blockers, key=lambda cell: (board.taken(cell), cell)):
+        for blocker in sorted(blockers, key=lambda cell: (board.memory.taken_bytes(cell), cell)):
             if not _would_help(board, blocker):
                 continue
             copy = _refuge(board, free, blocker, sizes)
@@ -38,8 +38,10 @@ def evacuations(board: Board, sizes: Sizes) -> tuple[Cell, ...]:
 def _would_help(board: Board, blocker: Cell) -> bool:
     """Whether something that is missing on the blocker's device fits once it is gone, with what else may go."""
     worker = blocker.worker
-    others = sum(board.taken(c) for c in board.extra[worker] if board.live_of[c.version] > 1 and c != blocker)
-    room = board.free[worker] + board.taken(blocker) + others
+    others = sum(
+        board.memory.taken_bytes(c) for c in board.extra[worker] if board.live_of[c.version] > 1 and c != blocker
+    )
+    room = board.free[worker] + board.memory.taken_bytes(blocker) + others
     return any(board.memory.need_bytes(cell) <= room for cell in board.missing[worker])
 
 

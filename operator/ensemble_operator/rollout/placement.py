@@ -56,6 +56,10 @@ class Memory:
     need_bytes: Callable[[Cell], float]
     batch_sizes: tuple[int, ...] = ()
 
+    def taken_bytes(self, cell: Cell) -> float:
+        """Bytes that an instance takes where it runs: all of its device where that is not known."""
+        return min(self.need_bytes(cell), self.usable_bytes[cell.worker])
+
 
 @dataclass(frozen=True, slots=True)
 class Running:

@@ -28,16 +28,20 @@ class _State:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """The part of the world that a search may change: these devices; and what lives elsewhere, by version."""
+    """The part of the world that a search may change: these devices; and what lives elsewhere, by version.
+
+    What has `failed` takes memory and stands in for nobody; where it is wanted it stays, not to fail again and again.
+    """
 
     workers: frozenset[str]
     outside: Counter[Version]
+    failed: Placement
 
 
 def route(
     planned: Placement, service: Service, wanted: Wanted, memory: Memory, sizes: Sizes, scope: Scope
 ) -> list[Move] | None:
-    """The moves from what runs, all of it live, to what is wanted; None if none were found."""
+    """The moves from what runs, none of it loading, to what is wanted; None if none were found."""
     goal = frozenset(cell for cell in wanted.placement if cell.worker in scope.workers)
     start = _State(frozenset(cell for cell in planned if cell.worker in scope.workers), service)
     copies = _copies(goal, service, wanted, memory, sizes, scope)
@@ -82,13 +86,17 @@ class _World:
         free = dict(self.memory.usable_bytes)
         lives = Counter(self.scope.outside)
         for cell in state.cells:
-            free[cell.worker] -= min(self.memory.need_bytes(cell), self.memory.usable_bytes[cell.worker])
-            lives[cell.version] += 1
+            free[cell.worker] -= self.memory.taken_bytes(cell)
+            lives[cell.version] += cell not in self.scope.failed
         for cell in self.copies:
             if cell not in state.cells and self.memory.need_bytes(cell) <= free[cell.worker]:
                 yield Move(state.service, (cell,)), 1, _State(state.cells | {cell}, state.service)
         for cell in sorted(state.cells):
-            if cell.version not in state.service.versions or lives[cell.version] > 1:
+            if cell in self.scope.failed:
+                spare = cell not in self.goal
+            else:
+                spare = cell.version not in state.service.versions or lives[cell.version] > 1
+            if spare:
                 yield Move(state.service, (), (cell,)), 1, _State(state.cells - {cell}, state.service)
         for service, cost in self._switches(state.service, lives):
             yield Move(service), cost, _State(state.cells, service)

@@ -7,7 +7,6 @@ begun that cannot be ended.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ensemble_operator.rollout.board import Board, Move
@@ -127,7 +126,7 @@ def _by_search(running: Running, wanted: Wanted, memory: Memory, sizes: Sizes, s
     if running.service is None:
         return None
     planned = frozenset(cell for cell in running.planned if cell.worker in memory.usable_bytes)
-    scope = _scope(planned - running.failed, memory, stuck)
+    scope = _scope(planned, running.failed, memory, stuck)
     moves = route(planned, running.service, wanted, memory, sizes, scope)
     if moves is None:
         return None
@@ -139,13 +138,14 @@ def _by_search(running: Running, wanted: Wanted, memory: Memory, sizes: Sizes, s
     return moves if board.done else None
 
 
-def _scope(live: Placement, memory: Memory, stuck: Board) -> Scope:
+def _scope(planned: Placement, failed: Placement, memory: Memory, stuck: Board) -> Scope:
     """All devices, or those that wait, those of the instances that they wait for, and a few with room."""
     workers = set(memory.usable_bytes)
     if len(workers) > FEW_WORKERS:
         roomy = sorted(workers, key=lambda worker: (-stuck.free[worker], worker))
         workers = set(sorted(stuck.missing)[: FEW_WORKERS - ROOMY_WORKERS]) | set(roomy[:ROOMY_WORKERS])
-    return Scope(frozenset(workers), Counter(cell.version for cell in live if cell.worker not in workers))
+    outside = Counter(cell.version for cell in planned - failed if cell.worker not in workers)
+    return Scope(frozenset(workers), outside, failed)
 
 
 def _sizes(running: Running, wanted: Wanted, memory: Memory) -> Sizes:
@@ -185,13 +185,8 @@ def _dead(board: Board) -> Failed | None:
     return None
 
 
-def _shortages(board: Board) -> Iterator[tuple[float, Cell]]:
-    for worker, cells in board.missing.items():
-        for cell in cells:
-            yield board.memory.need_bytes(cell) - board.free[worker], cell
-
-
 def _shortage(board: Board) -> Blocked:
     """Where the least is missing."""
-    lacking, cell = min(_shortages(board))
+    missing = (cell for cells in board.missing.values() for cell in cells)
+    lacking, cell = min((board.memory.need_bytes(cell) - board.free[cell.worker], cell) for cell in missing)
     return Blocked(cell.worker, cell.member, cell.batch_size, lacking)

@@ -139,6 +139,18 @@ def test_a_version_whose_instances_have_all_failed_is_named() -> None:
     assert next_step(both, wanted, ROOMY) == Failed(Version("b", "2"), tuple(sorted(cells)))
 
 
+def test_what_has_failed_stands_in_for_nobody() -> None:
+    room = memory({"w0": 2, "w1": 2, "w2": 2}, {"a1": 2, "b1": 2})
+    planned, failed = placement({"w0": "a1", "w1": "a1", "w2": "b1"}), placement({"w1": "a1"})
+    running = Running(planned, planned - failed, service("a1 b1"), failed=failed)
+    wanted = Wanted(placement({"w0": "b1", "w1": "a1", "w2": "a1"}), service("a1 b1"))
+    assert next_step(running, wanted, room) == Blocked("w0", "b", 1, 2), "the only live instance of a1 is on w0"
+    room = replace(room, usable_bytes={**room.usable_bytes, "w3": 2})
+    step = next_step(running, wanted, room)
+    assert isinstance(step, Step)
+    assert step.placement >= planned
+
+
 def test_what_is_under_way_is_waited_for() -> None:
     before = live({"w0": "a1"}, service("a1"))
     wanted = Wanted(placement({"w0": "a2"}), service("a2"))
