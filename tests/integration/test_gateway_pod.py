@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from ensemble_contract.keys import OWN_PUBLIC
 from ensemble_contract.plan import EnsemblePlan, GatewayPlan, encode_plan
 from ensemble_contract.pod import TOKEN_FILE
 from tests.support.data_plane import Child, Workers, ask_unix, wait_until
@@ -179,16 +178,12 @@ async def test_a_token_that_is_replaced_counts_soon(workers: Workers, tmp_path: 
 
 
 def test_a_folder_without_keys_or_token_is_refused(tmp_path: Path) -> None:
-    pod = Pod(tmp_path)
-    pod.end()
-    shutil.rmtree(pod.keys)
-    os.truncate(pod.log, 0)
-    log = tmp_path / "log"
-    arguments = ["ensemble_gateway", "--http", "127.0.0.1:0", "--admin", f"unix:{pod.admin}", "--keys", str(pod.keys)]
-    child = Child(arguments, log)
+    keys, admin = tmp_path / "keys", tmp_path / "admin"
+    arguments = ["ensemble_gateway", "--http", "127.0.0.1:0", "--admin", f"unix:{admin}", "--keys", str(keys)]
+    child = Child(arguments, tmp_path / "log")
     try:
         assert child.wait() == 3
-        assert "keys" in child.text()
+        assert f"{keys / OWN_PUBLIC}: No such file" in child.text()
     finally:
         child.end()
 

@@ -180,6 +180,7 @@ BAD_ENSEMBLE = [
 BAD_GATEWAY = [
     ("generation", -1, "generation: -1"),
     ("members", [], "members: at least one"),
+    ("members", [{"name": f"m{i}", "digest": "d"} for i in range(65)], "members: 65 are over the limit of 64"),
     ("members.1.name", "small", "each with a name of its own"),
     ("members.1.weight", 0, "weight 0.0 of 'big' is not above 0"),
     ("members.1.weight", -2.5, "weight -2.5"),
@@ -247,7 +248,7 @@ def test_texts_that_are_no_plan(form: Any, text: bytes) -> None:
 
 
 def test_a_plan_that_no_configmap_could_hold() -> None:
-    members = tuple(ServedMember("m" * 1000 + str(i), "d") for i in range(1000))
+    members = tuple(ServedMember("m" * 20_000 + str(i), "d") for i in range(64))
     large = msgspec.structs.replace(GATEWAY, members=members, rule="mean")
     with pytest.raises(InvalidPlan, match=r"the plan has \d+ bytes, over the limit of 900000"):
         encode_plan(large)

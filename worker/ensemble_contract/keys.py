@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ensemble_contract.pod import TOKEN_FILE
+from ensemble_contract.stamps import Stamp, file_stamp
 
 OWN_PUBLIC = "own.public"
 OWN_SECRET = "own.secret"  # noqa: S105  # a file's name
 PEER_PUBLIC = "peer.public"
+KEY_FILES = (OWN_PUBLIC, OWN_SECRET, PEER_PUBLIC)
 
 _Z85 = re.compile(rb"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
@@ -34,7 +36,7 @@ class KeyFiles:
         Raises ValueError naming the file that is missing, unreadable or not a key.
         """
         found = []
-        for name in (OWN_PUBLIC, OWN_SECRET, PEER_PUBLIC):
+        for name in KEY_FILES:
             try:
                 key = (folder / name).read_bytes().strip()
             except OSError as error:
@@ -77,22 +79,14 @@ class Credentials:
         Raises ValueError naming the file that is missing, unreadable or not what it should be.
         """
         token = _read_token(folder / TOKEN_FILE)
-        names = (OWN_PUBLIC, OWN_SECRET, PEER_PUBLIC)
-        if token and not any((folder / name).exists() for name in names):
+        if token and not any((folder / name).exists() for name in KEY_FILES):
             return Credentials(None, token)
         return Credentials(KeyFiles.read(folder), token)
 
 
-def stamp_of(folder: Path) -> tuple[tuple[int, int, int] | None, ...]:
-    """Something that differs when a file of the folder was replaced (a mounted Secret is, through a symbolic link)."""
-    stamps: list[tuple[int, int, int] | None] = []
-    for name in (OWN_PUBLIC, OWN_SECRET, PEER_PUBLIC, TOKEN_FILE):
-        try:
-            found = (folder / name).stat()
-            stamps.append((found.st_ino, found.st_mtime_ns, found.st_size))
-        except OSError:
-            stamps.append(None)
-    return tuple(stamps)
+def stamp_of(folder: Path) -> tuple[Stamp | None, ...]:
+    """Something that differs when a file of the folder was replaced."""
+    return tuple(file_stamp(folder / name) for name in (*KEY_FILES, TOKEN_FILE))
 
 
 def _read_token(path: Path) -> str:

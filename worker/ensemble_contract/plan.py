@@ -14,10 +14,12 @@ import msgspec
 
 from ensemble_contract.errors import InvalidPlan
 from ensemble_contract.tensors import FLOATING, TensorSpec
+from ensemble_contract.wire import MAX_BATCH_ROWS
 
 MAX_PLAN_BYTES = 900_000
+MAX_MEMBERS = 64
 MAX_GENERATION = (1 << 63) - 1
-MAX_BATCH_SIZE = 65_536
+MAX_BATCH_SIZE = MAX_BATCH_ROWS
 
 RULES = ("mean", "weightedMean", "geometricMean", "median", "max", "min", "vote", "weightedVote", "none")
 WEIGHTED_RULES = frozenset({"weightedMean", "weightedVote"})
@@ -164,6 +166,8 @@ class GatewayPlan(msgspec.Struct, frozen=True, rename="camel"):
         names = [m.name for m in self.members]
         if not names or len(set(names)) != len(names):
             raise InvalidPlan("members: at least one, each with a name of its own")
+        if len(names) > MAX_MEMBERS:
+            raise InvalidPlan(f"members: {len(names)} are over the limit of {MAX_MEMBERS}")
         if len({worker.name for worker in self.workers}) != len(self.workers):
             raise InvalidPlan("workers: a name is listed twice")
         if self.rule not in RULES:

@@ -4,48 +4,21 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from ensemble_contract.errors import InvalidPlan
 from ensemble_contract.plan import MAX_PLAN_BYTES, GatewayPlan, decode_plan, encode_plan
-from ensemble_gateway.gateway import StalePlan
+from ensemble_gateway.gateway import Gateway, StalePlan
 from ensemble_gateway.pipeline import Pipeline
 
 # What a kubelet asks, without a token.
 OPEN_PATHS = frozenset({"/v1/health", "/v1/ready"})
 
 
-class Served(Protocol):
-    """What the admin API needs of the gateway."""
-
-    @property
-    def pipeline_or_none(self) -> Pipeline | None:
-        """What serves now; None before the first plan."""
-
-    @property
-    def newest(self) -> GatewayPlan | None:
-        """The newest plan adopted."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests shall come here."""
-
-    @property
-    def retiring(self) -> int:
-        """Changes of plan under way, and former plans with requests in flight."""
-
-    @property
-    def url(self) -> str:
-        """Where clients reach it."""
-
-    def adopt(self, plan: GatewayPlan) -> None:
-        """Serve a newer plan; raises StalePlan if it is not newer."""
-
-
-def make_admin(gateway: Served, token: Callable[[], str] = lambda: "") -> web.Application:
+def make_admin(gateway: Gateway, token: Callable[[], str]) -> web.Application:
     """The admin application; while `token` says one, requests must carry it (`Authorization: Bearer …`)."""
 
     async def get_plan(_request: web.Request) -> web.Response:
@@ -103,7 +76,7 @@ def require(token: Callable[[], str]) -> Any:
     return check
 
 
-def state_of(gateway: Served) -> dict[str, Any]:
+def state_of(gateway: Gateway) -> dict[str, Any]:
     """What the gateway serves, from where, and how much, as JSON.
 
     `generation` is the plan that is served, `newest` the newest adopted, `retiring` how many changes of plan are under

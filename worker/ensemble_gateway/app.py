@@ -11,6 +11,7 @@ from pathlib import Path
 
 from aiohttp import web
 
+from ensemble_contract import planfile
 from ensemble_contract.keys import Credentials
 from ensemble_contract.orphan import die_with_parent
 from ensemble_contract.plan import GatewayPlan
@@ -19,7 +20,6 @@ from ensemble_gateway.admission import Limits, body_limit
 from ensemble_gateway.edge import Edge
 from ensemble_gateway.folders import KeysFolder, Token, follow_folders
 from ensemble_gateway.gateway import Gateway
-from ensemble_gateway.plans import KeptPlan, Mirror, newest_of
 from ensemble_gateway.routes import make_app, make_runner
 
 _LOG = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ BACKLOG = 4096
 SWEEP_S = 5.0
 # Below the 30 s that Kubernetes gives a pod by default.
 DRAIN_S = 25.0
+# In the folder of state: the newest plan taken.
+KEPT_FILE = "gateway-plan.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,9 @@ async def serve(options: Options) -> None:
         loop.add_signal_handler(number, stop.set)
     first = options.keys.first if options.keys else Credentials()
     token = Token(options.token, first.token)
-    mirror = Mirror(options.mirror) if options.mirror else None
-    kept = KeptPlan(options.state_dir) if options.state_dir else None
-    gateway = Gateway(first.keys, kept.write if kept else lambda _: None)
+    mirror = planfile.Mirror(options.mirror, lambda plan: plan.gateway) if options.mirror else None
+    kept = options.state_dir / KEPT_FILE if options.state_dir else None
+    gateway = Gateway(first.keys, lambda plan: planfile.keep(plan, kept) if kept else None)
     port = Port(gateway)
     admin = web.AppRunner(make_admin(gateway, token), access_log=None)
     await admin.setup()
@@ -117,7 +119,8 @@ async def serve(options: Options) -> None:
     try:
         gateway.url = await port.open(options.host, options.port)
         await _site(admin, options.admin).start()
-        plan = newest_of(mirror.look() if mirror else None, options.plan, kept.read() if kept else None)
+        stored = planfile.read_kept(kept, GatewayPlan) if kept else None
+        plan = planfile.newest([mirror.look() if mirror else None, options.plan, stored])
         if plan is not None:
             gateway.adopt(plan)
         _LOG.info("serving %s at %s", plan.ensemble if plan else "as soon as a plan comes,", gateway.url)

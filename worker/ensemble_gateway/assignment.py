@@ -123,7 +123,7 @@ class Assigner:
         expected_s = instance.latency.expect(rows)
         if expected_s < FUSE_S and len(lane.instances) > 1:
             limit_s = fuse_limit_s(total_s, 1 + self._lanes.idle_beside(lane, instance.member))
-            instances, expected_s = fuse(self._queues, lane, instance, entries, limit_s)
+            instances, expected_s = fuse(self._queues, lane, instance, entries, rows, limit_s)
         batch = Batch(next(self._ids), lane, instances, entries, rows, expected_s, now, waited)
         self.batches[batch.id] = batch
         self._lanes.start(batch, now)

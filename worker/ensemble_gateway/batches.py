@@ -42,14 +42,13 @@ def fuse_limit_s(work_s: float, lanes: int) -> float:
 
 
 def fuse(
-    queues: Queues, lane: Lane, first: Instance, entries: list[Entry], limit_s: float
+    queues: Queues, lane: Lane, first: Instance, entries: list[Entry], rows: int, limit_s: float
 ) -> tuple[tuple[Instance, ...], float]:
-    """The lane's instances that run these rows in one go, and the seconds expected of them all.
+    """The lane's instances that run these `rows` rows in one go, and the seconds expected of them all.
 
     They are `first` and the members that wait with the same rows, whose rows are taken from their queues, as many as
     `limit_s` allows.
     """
-    rows = sum([entry.rows for entry in entries])
     expected_s = first.latency.expect(rows)
     instances = [first]
     if entries[0].alone:

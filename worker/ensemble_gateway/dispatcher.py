@@ -48,9 +48,9 @@ class Dispatcher:
 
     def columns_of(self, members: Sequence[Version]) -> tuple[int, ...]:
         """The columns of these versions, new ones for those that have none; workers that run these are looked at."""
-        new = {version for version in members if version not in self._columns.of}
-        for version in dict.fromkeys(members):
-            if version in new and self._columns.add(version) == len(self._lanes.hosts):
+        new = dict.fromkeys(version for version in members if version not in self._columns.of)
+        for version in new:
+            if self._columns.add(version) == len(self._lanes.hosts):
                 self._queues.grow()
                 self._lanes.grow()
         for state in list(self._states.values()):

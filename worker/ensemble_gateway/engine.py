@@ -96,7 +96,9 @@ class Engine:
         used = {column for pipeline in self.pipelines if pipeline.serving for column in pipeline.columns}
         self._columns_used = len(used) or self._columns_used
         left = max(0, self._max_bytes - others_bytes)
-        self.store.allocator.limit(left // self.bytes_per_row if others_bytes else max(1, left // self.bytes_per_row))
+        # By itself it takes one row, however large.
+        least = 0 if others_bytes else 1
+        self.store.allocator.limit(max(least, left // self.bytes_per_row))
 
     def address_of(self, worker: str) -> str:
         """Where a connected worker is, as its plan says."""

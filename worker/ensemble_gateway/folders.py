@@ -7,8 +7,9 @@ import logging
 from pathlib import Path
 
 from ensemble_contract.keys import Credentials, stamp_of
+from ensemble_contract.plan import GatewayPlan
+from ensemble_contract.planfile import Mirror
 from ensemble_gateway.gateway import Gateway, StalePlan
-from ensemble_gateway.plans import Mirror
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,7 +57,9 @@ class KeysFolder:
         return found
 
 
-async def follow_folders(gateway: Gateway, token: Token, mirror: Mirror | None, keys: KeysFolder | None) -> None:
+async def follow_folders(
+    gateway: Gateway, token: Token, mirror: Mirror[GatewayPlan] | None, keys: KeysFolder | None
+) -> None:
     """Look every 2 s, in a thread, until cancelled.
 
     Links take new keys when they connect next: a session outlives its keys, and workers, which may have the new ones

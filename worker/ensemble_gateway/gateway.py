@@ -94,7 +94,9 @@ class Gateway:
         self.newest = plan
         self._adopted(plan)
         if self._following is not None:
-            self._abandon(self._following)
+            # Replaced before it was served.
+            self._end(self._following)
+            self._following = None
         self._go_on()
 
     def drain(self) -> None:
@@ -114,6 +116,7 @@ class Gateway:
     def _go_on(self) -> None:
         """Do what can be done now of a change; called again whenever workers, plans or requests in flight have."""
         for former in [pipeline for pipeline in self._retiring if not pipeline.in_flight]:
+            self._retiring.remove(former)
             self._end(former)
         plan = self.newest
         if plan is not None and not self._serves(plan):
@@ -151,16 +154,9 @@ class Gateway:
             self._retiring.append(former)
             former.leave()
 
-    def _abandon(self, following: Pipeline) -> None:
-        """A plan was replaced before it was served."""
-        self._following = None
-        self._end_on(following.engine, following)
-
-    def _end(self, former: Pipeline) -> None:
-        self._retiring.remove(former)
-        self._end_on(former.engine, former)
-
-    def _end_on(self, engine: Engine, pipeline: Pipeline) -> None:
+    def _end(self, pipeline: Pipeline) -> None:
+        """Nothing goes through a pipeline any more; its engine ends with the last one that it has."""
+        engine = pipeline.engine
         engine.end(pipeline)
         if not engine.pipelines:
             self._engines.remove(engine)

@@ -201,7 +201,8 @@ class _Routes:
                 "Inference-Header-Content-Length": str(encoded.header_length),
             }
         payload = b"".join((encoded.json, *encoded.binary))
-        payload, encoding = await _compressed(payload, request.headers.get("Accept-Encoding", ""))
+        accepted = request.headers.get("Accept-Encoding", "")
+        payload, encoding = await off_loop_if(len(payload) > OFF_LOOP_BYTES, v2.compress, payload, accepted)
         if encoding is not None:
             headers["Content-Encoding"] = encoding
         return web.Response(body=payload, headers=headers)
@@ -270,10 +271,6 @@ def _index_wish(body: bytes) -> _IndexWish:
         return msgspec.json.decode(body, type=_IndexWish) if body else _IndexWish()
     except msgspec.DecodeError as error:
         raise RequestError(400, f'the body must be empty or {{"ready": true}}: {error}') from None
-
-
-async def _compressed(body: bytes, accept_encoding: str) -> tuple[bytes, str | None]:
-    return await off_loop_if(len(body) > OFF_LOOP_BYTES, v2.compress, body, accept_encoding)
 
 
 @web.middleware

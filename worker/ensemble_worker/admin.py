@@ -12,14 +12,11 @@ from aiohttp import web
 from ensemble_contract.errors import ContractError, InvalidPlan
 from ensemble_contract.plan import WorkerPlan, decode_plan
 from ensemble_worker.devices import Device
+from ensemble_worker.errors import PlanRefused
 from ensemble_worker.exposition import Figures, exposition
 from ensemble_worker.profile_job import ProfileJob, ProfileOrder
 
 STUCK_S = 120.0
-
-
-class PlanRefused(Exception):
-    """A plan that is older than the present one, or is another of the same generation; the message says which."""
 
 
 class Managed(Protocol):

@@ -33,21 +33,20 @@ def device_of(options: argparse.Namespace, environ: Mapping[str, str] = os.envir
     if kind not in ("cpu", "cuda") or not index.isdecimal():
         raise DeviceUnavailable(f"device {options.device!r}: it must be cpu-N or cuda-N")
     if kind == "cpu":
-        return _cpu_device(options, int(index))
+        return _cpu_device(options, int(index), options.threads)
     found = [device for device in devices.discover() if device.name == options.device]
     if found:
         return found[0]
     if environ.get(CPU_INSTEAD_OF_GPU) == "1":
         _LOG.warning("no GPU is visible: CPU cores are taken instead, as %s allows", CPU_INSTEAD_OF_GPU)
-        options.threads = options.threads or len(devices.usable_cores())
-        return _cpu_device(options, int(index))
+        return _cpu_device(options, int(index), options.threads or len(devices.usable_cores()))
     return devices.missing_gpu(options.device, NO_GPU.format(name=options.device, variable=CPU_INSTEAD_OF_GPU))
 
 
-def _cpu_device(options: argparse.Namespace, index: int) -> devices.Device:
+def _cpu_device(options: argparse.Namespace, index: int, threads: int) -> devices.Device:
     memory_bytes = options.memory or devices.free_memory_bytes()
-    if options.threads:
-        return devices.cpu_share(index, options.threads, memory_bytes)
+    if threads:
+        return devices.cpu_share(index, threads, memory_bytes)
     cores = tuple(int(core) for core in options.cores.split(",") if core) or tuple(devices.usable_cores())
     return devices.cpu_device(index, cores, memory_bytes)
 

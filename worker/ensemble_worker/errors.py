@@ -23,6 +23,10 @@ class DeviceLost(WorkerError):
     """The device cannot be used again by this process (a sticky CUDA error): the worker must exit."""
 
 
+class PlanRefused(WorkerError):
+    """A plan that is older than the present one, or is another of the same generation; the message says which."""
+
+
 class ModelError(WorkerError):
     """A member's model cannot be fetched, believed or loaded, or does not do what its ensemble declares.
 

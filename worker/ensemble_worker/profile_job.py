@@ -147,11 +147,11 @@ class ProfileJob:
         One that is done is looked at again if it comes under a new id: what failed is tried once more.
         """
         former = self._order
-        same = former is not None and former.tasks == order.tasks
-        failed = any(progress.error for progress in self._progress)
-        if same and former is not None and (self.state == "running" or former.id == order.id or not failed):
-            self._order = order
-            return
+        if former is not None and former.tasks == order.tasks:
+            failed = any(progress.error for progress in self._progress)
+            if self.state == "running" or former.id == order.id or not failed:
+                self._order = order
+                return
         await self.end()
         self._order = order
         self._progress = [Progress(task, self._store.recall(task.source)) for task in order.tasks]

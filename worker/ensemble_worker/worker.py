@@ -9,11 +9,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ensemble_contract import planfile
 from ensemble_contract.errors import InvalidPlan
 from ensemble_contract.keys import Credentials, stamp_of
 from ensemble_contract.plan import WorkerPlan
-from ensemble_worker import devices, planfile, predictor
-from ensemble_worker.admin import PlanRefused
+from ensemble_contract.pod import PLAN_FILE
+from ensemble_worker import devices, predictor
+from ensemble_worker.errors import PlanRefused
 from ensemble_worker.exposition import Counters, Figures
 from ensemble_worker.instances import Instances
 from ensemble_worker.loop import Running
@@ -48,7 +50,7 @@ class Worker:
         self._keys_stamp = stamp_of(options.keys) if options.keys else ()
         self._credentials = credentials
         self._environment_token = os.environ.get(TOKEN_VARIABLE, "")
-        self._mirror = planfile.Mirror(options.mirror, self._name) if options.mirror else None
+        self._mirror = planfile.Mirror(options.mirror, lambda plan: plan.row(self._name)) if options.mirror else None
         self._given: Path | None = options.plan
         self._loop = asyncio.get_running_loop()
         self._plan: WorkerPlan | None = None
@@ -66,9 +68,9 @@ class Worker:
 
     def start(self) -> None:
         """Run the newest plan there is, and look for newer ones and other keys from now on."""
-        files = [self._given, self._state_dir / planfile.PLAN_FILE if self._state_dir else None]
-        plans = [planfile.read_plan(file, self._name) for file in files if file is not None]
-        plan = planfile.newest([*plans, self._mirror.changed() if self._mirror else None])
+        files = [self._given, self._state_dir / PLAN_FILE if self._state_dir else None]
+        plans = [self._own(file) for file in files if file is not None]
+        plan = planfile.newest([*plans, self._mirror.look() if self._mirror else None])
         if plan is not None:
             self.adopt(plan)
         self._looking = self._loop.create_task(self._look_again_and_again())
@@ -105,10 +107,18 @@ class Worker:
             raise PlanRefused(f"generation {plan.generation} is another plan already: a new plan needs a newer one")
         self._plan = plan
         if plan != former and self._state_dir is not None:
-            planfile.keep(plan, self._state_dir)
+            planfile.keep(plan, self._state_dir / PLAN_FILE)
         self._past = {name: self._past.get(name, Counters()) for name in {one.member for one in plan.instances}}
         self._instances.follow(plan, again=plan == former)
         self._fit_links()
+
+    def _own(self, file: Path) -> WorkerPlan | None:
+        """This worker's plan in a file, if there is one."""
+        plan = planfile.read_kept(file, WorkerPlan)
+        if plan is not None and plan.worker != self._name:
+            _LOG.warning("the plan in %s cannot be used: it is the plan of worker %r", file, plan.worker)
+            return None
+        return plan
 
     def _fit_links(self) -> None:
         """Have the links serve the plan with the keys of now, after what is under way."""
@@ -140,7 +150,7 @@ class Worker:
             self._look_at_keys()
 
     def _look_at_mirror(self) -> None:
-        plan = self._mirror.changed() if self._mirror is not None else None
+        plan = self._mirror.look() if self._mirror is not None else None
         if plan is None or plan == self._plan or plan.generation < self.generation:
             return
         try:
