@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from ensemble_contract.pod import PLAN_FILE
 from tests.support.control_plane import ControlPlane
-from tests.support.kube_client import Manifest
-from tests.support.models import export_mlp, make_mlp
-from tests.support.operating import Operating, member, operating, resource
+from tests.support.mlp_answers import ROW, check_answer
+from tests.support.models import export_mlp
+from tests.support.operating import OWNED, Operating, member, operating, resource
 from tests.support.operator_process import OperatorProcess, operator_process
 from tests.support.steady_asking import asking
 
-ROW = [0.5] * 64
-KINDS = (
-    "Secret",
-    "ConfigMap",
-    "Service",
-    "ServiceAccount",
-    "NetworkPolicy",
-    "PodDisruptionBudget",
-    "StatefulSet",
-    "Deployment",
-    "Pod",
-)
 CHILDREN = {
     ("Secret", "tiny-worker"),
     ("Secret", "tiny-gateway"),
@@ -81,24 +64,14 @@ class Stages:
 
     async def note(self) -> None:
         """Remember the uids of all children."""
-        for kind in KINDS:
-            for child in await children(self._world, kind):
+        for kind in OWNED:
+            for child in await self._world.children(kind, "tiny"):
                 key = kind, child["metadata"]["name"]
                 self.uids.setdefault(key, set()).add(child["metadata"]["uid"])
 
 
-async def children(world: Operating, kind: str) -> list[Manifest]:
-    return await world.kube.list(kind, world.namespace, labelSelector="ensemble-operator.io/ensemble=tiny")
-
-
-async def plan_of(world: Operating) -> dict[str, Any]:
-    found = await world.kube.get("ConfigMap", world.namespace, "tiny-plan")
-    plan: dict[str, Any] = json.loads(found["data"][PLAN_FILE]) if found is not None else {}
-    return plan
-
-
 async def generation_of(world: Operating) -> int:
-    plan = await plan_of(world)
+    plan = await world.plan("tiny")
     return int(plan["gateway"]["generation"]) if plan else 0
 
 
@@ -106,15 +79,6 @@ def measurings(world: Operating) -> Counter[str]:
     """How often workers began to measure a member at some sizes."""
     logs = [pod.log.read_text() for name, pod in world.kubelet.pods.items() if "-worker-" in name and pod.log.exists()]
     return Counter(found for log in logs for found in re.findall(r"measuring (\w+ at [\d, ]+ rows)", log))
-
-
-async def check_answer(world: Operating, *seeds: int) -> None:
-    answer = await world.ask("tiny", [ROW])
-    assert "outputs" in answer, answer
-    with torch.no_grad():
-        expected = np.mean([make_mlp(seed=seed)(torch.tensor([ROW])).numpy() for seed in seeds], axis=0)
-    found = np.array(answer["outputs"][0]["data"]).reshape(1, 10)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 async def test_killed_at_every_stage(
@@ -128,7 +92,7 @@ async def test_killed_at_every_stage(
             await world.apply(first)
             await deploy(world, stages)
             await world.until_ready("tiny")
-            await check_answer(world, 0, 1)
+            await check_answer(world, "tiny", 0, 1)
             before = await generation_of(world)
             async with asking(world, "tiny", ROW) as answers:
                 await world.apply(second)
@@ -137,7 +101,7 @@ async def test_killed_at_every_stage(
                 await world.until_ready("tiny")
             assert answers.failed == []
             assert answers.count > 10
-            await check_answer(world, 0, 2)
+            await check_answer(world, "tiny", 0, 2)
             await stages.note()
             check_children(stages)
             await check_end(world)
@@ -161,12 +125,12 @@ async def deploy(world: Operating, stages: Stages) -> None:
     async def measures() -> bool:
         return bool(measurings(world))
 
-    await stages.kill_when(lambda: children(world, "Secret"), "Secrets")
-    await stages.kill_when(lambda: children(world, "StatefulSet"), "the StatefulSet")
+    await stages.kill_when(lambda: world.children("Secret", "tiny"), "Secrets")
+    await stages.kill_when(lambda: world.children("StatefulSet", "tiny"), "the StatefulSet")
     await stages.kill_when(is_started, "workers that start")
     await stages.kill_when(measures, "a worker that measures")
     await stages.kill_when(has_measured, "measurements in the ConfigMap")
-    await stages.kill_when(lambda: plan_of(world), "the first plan")
+    await stages.kill_when(lambda: world.plan("tiny"), "the first plan")
 
 
 async def past(world: Operating, generation: int) -> bool:
@@ -186,7 +150,7 @@ def check_children(stages: Stages) -> None:
 
 
 async def check_end(world: Operating) -> None:
-    plan = await plan_of(world)
+    plan = await world.plan("tiny")
     assert {source["name"] for source in plan["sources"]} == {"a", "c"}
     assert not plan["gateway"].get("hold", False)
     assert sorted(plan["rows"]) == ["tiny-worker-0", "tiny-worker-1"]

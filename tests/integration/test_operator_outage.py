@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from ensemble_contract.pod import PLAN_FILE
 from tests.support.control_plane import ControlPlane, Refused
 from tests.support.kube_client import Manifest
 from tests.support.models import export_mlp
-from tests.support.operating import Operating, member, operating, resource
+from tests.support.operating import OWNED, Operating, member, operating, resource
+from tests.support.steady_asking import asking
 
 ROW = [0.5] * 64
-KINDS = ("StatefulSet", "Deployment", "Service", "ServiceAccount", "NetworkPolicy", "PodDisruptionBudget", "Pod")
+# Keys are drawn anew each time, and the plan is compared by its parts.
+KINDS = tuple(kind for kind in OWNED if kind not in ("Secret", "ConfigMap"))
 # Longer than the lease, and than every time limit of one request.
 AWAY_S = 32.0
 RECOVERY_S = 60.0
@@ -37,52 +37,12 @@ def versions(tmp_path: Path) -> list[dict[str, Any]]:
     return [resource("tiny", [a, b]), resource("tiny", [a, c, d], combine={"rule": "median"})]
 
 
-class Answers:
-    """A request after the other while the test goes on, and what became of them."""
-
-    def __init__(self, world: Operating) -> None:
-        self._world = world
-        self.count, self.failed = 0, list[str]()
-
-    async def run(self) -> None:
-        while True:
-            try:
-                answer = await self._world.ask("tiny", [ROW])
-            except (aiohttp.ClientError, TimeoutError) as error:
-                self.failed.append(repr(error))
-            else:
-                self.count += 1
-                if "outputs" not in answer:
-                    self.failed.append(str(answer))
-            await asyncio.sleep(0.05)
-
-
-@contextlib.asynccontextmanager
-async def asking(world: Operating) -> AsyncIterator[Answers]:
-    answers = Answers(world)
-    task = asyncio.create_task(answers.run())
-    try:
-        yield answers
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
-        with contextlib.suppress(asyncio.CancelledError):
-            task.result()
-
-
-async def plan_of(world: Operating) -> dict[str, Any]:
-    found = await world.kube.get("ConfigMap", world.namespace, "tiny-plan")
-    plan: dict[str, Any] = json.loads(found["data"][PLAN_FILE]) if found is not None else {}
-    return plan
-
-
 async def state_of(world: Operating) -> dict[str, Any]:
     """All that should be the same after every way to the same resource: what is wanted of each child, and the plan."""
     found: dict[str, Any] = {}
     for kind in KINDS:
-        children = await world.kube.list(kind, world.namespace, labelSelector="ensemble-operator.io/ensemble=tiny")
-        found[kind] = sorted((_wanted(kind, child) for child in children), key=str)
-    plan = await plan_of(world)
+        found[kind] = sorted((_wanted(kind, child) for child in await world.children(kind, "tiny")), key=str)
+    plan = await world.plan("tiny")
     gateway = {key: part for key, part in plan["gateway"].items() if key not in ("generation", "workers")}
     workers = sorted(worker["name"] for worker in plan["gateway"]["workers"])
     found["plan"] = [gateway, workers, plan["sources"], plan["rows"]]
@@ -114,14 +74,14 @@ async def undisturbed(world: Operating, versions: list[dict[str, Any]]) -> dict[
 
 async def until_none(world: Operating, kind: str) -> None:
     async with asyncio.timeout(60):
-        while await world.kube.list(kind, world.namespace, labelSelector="ensemble-operator.io/ensemble=tiny"):
+        while await world.children(kind, "tiny"):
             await asyncio.sleep(0.1)
 
 
 async def until_rolling(world: Operating, first: int) -> None:
     """Wait until the change is under way: a plan beyond the first one is written."""
     async with asyncio.timeout(30):
-        while (await plan_of(world))["gateway"]["generation"] <= first:
+        while (await world.plan("tiny"))["gateway"]["generation"] <= first:
             await asyncio.sleep(0.01)
 
 
@@ -130,8 +90,8 @@ async def through(world: Operating, versions: list[dict[str, Any]], outage: Call
     expected = await undisturbed(world, versions)
     await world.apply(versions[0])
     await world.until_ready("tiny")
-    first = (await plan_of(world))["gateway"]["generation"]
-    async with asking(world) as answers:
+    first = (await world.plan("tiny"))["gateway"]["generation"]
+    async with asking(world, "tiny", ROW) as answers:
         await world.apply(versions[1])
         await until_rolling(world, first)
         await outage()
@@ -140,9 +100,9 @@ async def through(world: Operating, versions: list[dict[str, Any]], outage: Call
     assert during > AWAY_S, "requests are answered while the API server is away"
     assert answers.failed == []
     assert await state_of(world) == expected
-    generation = (await plan_of(world))["gateway"]["generation"]
+    generation = (await world.plan("tiny"))["gateway"]["generation"]
     await asyncio.sleep(3)
-    assert (await plan_of(world))["gateway"]["generation"] == generation, "it has come to rest"
+    assert (await world.plan("tiny"))["gateway"]["generation"] == generation, "it has come to rest"
 
 
 async def until_ready_again(world: Operating) -> None:

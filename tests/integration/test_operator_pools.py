@@ -16,22 +16,10 @@ from tests.support.control_plane import ControlPlane
 from tests.support.kube_client import condition_of
 from tests.support.kubelet import Kubelet
 from tests.support.models import export_mlp
-from tests.support.operating import KIND, Operating, member, operating, resource
+from tests.support.operating import KIND, OWNED, Operating, member, operating, resource
 
 ROW = [0.5] * 64
 CPU = {"resource": "cpu", "cores": "500m", "memory": "1Gi"}
-# Its children, but for those that its pods are made of.
-OWNED = (
-    "Secret",
-    "ConfigMap",
-    "Service",
-    "ServiceAccount",
-    "NetworkPolicy",
-    "PodDisruptionBudget",
-    "StatefulSet",
-    "Deployment",
-    "Pod",
-)
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -49,12 +37,7 @@ def large(name: str, path: Path, memory_bytes: int) -> dict[str, Any]:
 
 async def owned(world: Operating, name: str) -> list[tuple[str, str]]:
     """What there is of an ensemble's children."""
-    selector = f"ensemble-operator.io/ensemble={name}"
-    return [
-        (kind, child["metadata"]["name"])
-        for kind in OWNED
-        for child in await world.kube.list(kind, world.namespace, labelSelector=selector)
-    ]
+    return [(kind, child["metadata"]["name"]) for kind in OWNED for child in await world.children(kind, name)]
 
 
 async def until_gone(world: Operating, name: str) -> None:

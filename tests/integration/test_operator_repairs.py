@@ -127,10 +127,8 @@ async def test_killed_at_every_stage_it_ends_in_the_same_state(
         await world.until_ready("tiny", 90)
         answer = await world.ask("tiny", [[0.5] * 64])
         assert "outputs" in answer, answer
-        kube = world.kube
-        label = "ensemble-operator.io/ensemble=tiny"
         counts = {
-            kind: len(await kube.list(kind, namespace, labelSelector=label))
+            kind: len(await world.children(kind, "tiny"))
             for kind in ("StatefulSet", "Deployment", "Service", "ConfigMap", "Secret", "NetworkPolicy", "Pod")
         }
         assert counts == {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ensemble_operator.control.rbac import own_rules, rules
 from tests.support.control_plane import ControlPlane
 from tests.support.models import export_mlp
 from tests.support.operating import Operating, member, operating, resource
+from tests.support.steady_asking import asking
 
 ROW = [0.5] * 64
 
@@ -21,31 +21,6 @@ ROW = [0.5] * 64
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     return {name: export_mlp(tmp_path / f"{name}.pt2", seed=seed) for seed, name in enumerate("ab")}
-
-
-@contextlib.asynccontextmanager
-async def asked_all_the_time(world: Operating, name: str) -> AsyncIterator[list[str]]:
-    """Requests one after the other; the list has those that failed."""
-    failed: list[str] = []
-    count = 0
-
-    async def ask() -> None:
-        nonlocal count
-        while True:
-            answer = await world.ask(name, [ROW])
-            count += 1
-            if "outputs" not in answer:
-                failed.append(str(answer))
-            await asyncio.sleep(0.02)
-
-    task = asyncio.create_task(ask())
-    try:
-        yield failed
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        assert count > 20
 
 
 def workers(world: Operating) -> dict[str, str]:
@@ -71,7 +46,7 @@ async def test_an_upgrade_restarts_nothing_and_a_changed_template_each_worker_in
         assert workers(world) == before, "an operator upgrade restarts no pod"
 
         changed = {**tiny, "spec": {**tiny["spec"], "podTemplate": {"worker": {"annotations": {"note": "x"}}}}}
-        async with asked_all_the_time(world, "tiny") as failed:
+        async with asking(world, "tiny", ROW) as answers:
             await world.apply(changed)
             least = 2
             async with asyncio.timeout(90):
@@ -79,7 +54,8 @@ async def test_an_upgrade_restarts_nothing_and_a_changed_template_each_worker_in
                     least = min(least, least_ready(world))
                     await asyncio.sleep(0.05)
             await world.until_ready("tiny")
-        assert failed == []
+        assert answers.failed == []
+        assert answers.count > 20
         assert least >= 1, "never both at once"
 
 

@@ -127,10 +127,7 @@ async def test_specs_that_cannot_be_accepted(
         for path in ("podTemplate.worker.image", "podTemplate.worker.env", "members[1].model.uri"):
             assert path in message
         assert "allowOverrides" in message
-        assert (
-            await world.kube.list("StatefulSet", namespace, labelSelector="ensemble-operator.io/ensemble=reaching")
-            == []
-        )
+        assert await world.children("StatefulSet", "reaching") == []
         status = await world.until("scaled", lambda s: said(s, "Accepted").get("status") == "True")
         assert "autoscaling is not acted upon yet: 1 devices are held" in said(status, "Accepted")["message"]
 

@@ -6,28 +6,12 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from tests.support.control_plane import ControlPlane
-from tests.support.models import export_mlp, make_mlp
-from tests.support.operating import Operating, member, operating, resource
-
-ROW = [0.5] * 64
-
-
-def expected(*seeds: int, weights: list[float] | None = None) -> np.ndarray[Any, Any]:
-    with torch.no_grad():
-        outputs = [make_mlp(seed=seed)(torch.tensor([ROW])).numpy() for seed in seeds]
-    return np.asarray(np.average(outputs, axis=0, weights=weights))
-
-
-async def check_answer(world: Operating, name: str, *seeds: int, weights: list[float] | None = None) -> None:
-    answer = await world.ask(name, [ROW])
-    assert "outputs" in answer, answer
-    found = np.array(answer["outputs"][0]["data"]).reshape(1, 10)
-    np.testing.assert_allclose(found, expected(*seeds, weights=weights), rtol=1e-4, atol=1e-5)
+from tests.support.mlp_answers import check_answer
+from tests.support.models import export_mlp
+from tests.support.operating import member, operating, resource
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from typing import Any
 
 import aiohttp
 
+from ensemble_contract.pod import PLAN_FILE
 from ensemble_operator.control.cluster import Cluster
 from ensemble_operator.control.process import Operator
 from ensemble_operator.control.reconcile import Reconciler
@@ -32,6 +33,18 @@ from tests.support.kubelet import Kubelet
 
 API_VERSION = "ensemble-operator.io/v1alpha1"
 KIND = "InferenceEnsemble"
+# The kinds of an ensemble's children, but for those that its pods are made of.
+OWNED = (
+    "Secret",
+    "ConfigMap",
+    "Service",
+    "ServiceAccount",
+    "NetworkPolicy",
+    "PodDisruptionBudget",
+    "StatefulSet",
+    "Deployment",
+    "Pod",
+)
 READY_S = 60.0
 IMAGES = {"worker_image": "worker:test", "gateway_image": "gateway:test"}
 
@@ -116,6 +129,16 @@ class Operating:
             return bool(now and said["Ready"]["status"] == "True" and said["RolloutBlocked"]["reason"] == "Done")
 
         return await self.until(name, is_ready, within_s)
+
+    async def children(self, kind: str, name: str) -> list[Manifest]:
+        """What there is of an ensemble's children of a kind."""
+        return await self.kube.list(kind, self.namespace, labelSelector=f"ensemble-operator.io/ensemble={name}")
+
+    async def plan(self, name: str) -> dict[str, Any]:
+        """The plan of an ensemble that was written last; empty while there is none."""
+        found = await self.kube.get("ConfigMap", self.namespace, f"{name}-plan")
+        plan: dict[str, Any] = json.loads(found["data"][PLAN_FILE]) if found is not None else {}
+        return plan
 
     def url(self, name: str) -> str:
         """Where a gateway of the ensemble answers."""

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ensemble_operator.control.pods import rfc3339, unix_time
+from ensemble_operator.control.times import rfc3339, unix_time
 
 WAITING_SINCE = "ensemble-operator.io/waiting-since"
 RETRY_AT = "ensemble-operator.io/retry-at"

@@ -12,13 +12,13 @@ from ensemble_operator.control.acquire import Patience, Waiting, patience, repli
 from ensemble_operator.control.census import MAX_AGE_S, Census
 from ensemble_operator.control.inventory import resource_of, shortage
 from ensemble_operator.control.kinds import DEPLOYMENT, STATEFUL_SET, Manifest
-from ensemble_operator.control.observe import NONE, WorkerView
+from ensemble_operator.control.observe import NONE
 from ensemble_operator.control.onepass import Pass
-from ensemble_operator.control.pods import TEMPLATE_ANNOTATION, rfc3339
 from ensemble_operator.control.status import ACQUIRE_TIMEOUT, NO_DEVICE_VISIBLE
+from ensemble_operator.control.times import rfc3339
 from ensemble_operator.control.upkeep import Upkeep
 from ensemble_operator.control.world import World
-from ensemble_operator.manifests import Children, ChildSettings, children, pool_name
+from ensemble_operator.manifests import TEMPLATE, Children, ChildSettings, children, pool_name
 
 COMING_PERIOD_S = 2.0
 
@@ -35,9 +35,9 @@ class Acquiring:
 
         Raises a ClusterError, or NameTaken.
         """
-        pools = (one.spec.spec.devices, *one.spec.spec.extra_devices)
+        pools = one.pools
         one.wanted = sum(pool.count for pool in pools)
-        one.held = tuple(v for v in one.look.workers if v.holds and _is_wanted(v, pools))
+        one.held = tuple(v for v in one.look.workers if v.holds and not v.pod.leaving and one.is_wanted(v.pod))
         stuck = one.look.mirror.target is None and one.memory.does_not_fit
         first = one.look.stateful_sets.get(pool_name(one.key.name, 0))
         waiting = Waiting(fits=one.look.mirror.target is not None, lacking=stuck or len(one.held) < one.wanted)
@@ -136,11 +136,6 @@ class Acquiring:
         one.found.say(c.DEVICES_ACQUIRED, holds=False, reason="TooFewDevices", message=message)
 
 
-def _is_wanted(view: WorkerView, pools: Sequence[Devices]) -> bool:
-    pod = view.pod
-    return not pod.leaving and pod.pool < len(pools) and pod.ordinal < pools[pod.pool].count
-
-
 def _used(one: Pass) -> set[str]:
     """Workers on which something runs or is planned to."""
     plan = one.look.mirror.plan
@@ -150,9 +145,10 @@ def _used(one: Pass) -> set[str]:
 
 def _highest_in_use(one: Pass, pools: int) -> list[int]:
     highest = [-1] * pools
+    used = _used(one)
     for pool in range(pools):
         prefix = re.escape(pool_name(one.key.name, pool))
-        for worker in _used(one):
+        for worker in used:
             if found := re.fullmatch(rf"{prefix}-(\d+)", worker):
                 highest[pool] = max(highest[pool], int(found[1]))
     return highest
@@ -177,4 +173,4 @@ def _with_patience(manifest: Manifest, name: str, now: Patience) -> Manifest:
 
 
 def _template_of(stateful_set: Manifest) -> str:
-    return str(stateful_set["spec"]["template"]["metadata"]["annotations"][TEMPLATE_ANNOTATION])
+    return str(stateful_set["spec"]["template"]["metadata"]["annotations"][TEMPLATE])

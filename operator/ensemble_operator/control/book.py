@@ -85,17 +85,18 @@ _IDLE = "idle"
 
 def read_book(data: Mapping[str, str] | None) -> Book:
     """The book in a ConfigMap's data. What somebody has damaged is not known: it is measured again."""
-    book = Book()
+    known: dict[tuple[str, str], Known] = {}
+    idle: dict[str, int] = {}
     for name, text in (data or {}).items():
         try:
             if name == _IDLE:
-                book = Book(book.known, msgspec.json.decode(text, type=dict[str, int]))
-                continue
-            for known in msgspec.json.decode(text, type=tuple[Known, ...]):
-                book = book.with_known(name, known)
+                idle = msgspec.json.decode(text, type=dict[str, int])
+            else:
+                found = msgspec.json.decode(text, type=tuple[Known, ...])
+                known |= {(name, one.device_class): one for one in found}
         except (msgspec.DecodeError, ValueError):
             continue
-    return book
+    return Book(known, idle)
 
 
 def write_book(book: Book) -> dict[str, str]:

@@ -149,16 +149,6 @@ class Cluster:
         kind, namespace, _ = _address(manifest)
         return await self._change(Call("create", kind, namespace), "POST", {"fieldManager": FIELD_MANAGER}, manifest)
 
-    async def update(self, manifest: Manifest) -> Manifest:
-        """Replace an object, if it still has the manifest's resource version.
-
-        Raises Conflict if it has another, and NotFound.
-        """
-        kind, namespace, name = _address(manifest)
-        return await self._change(
-            Call("update", kind, namespace, name), "PUT", {"fieldManager": FIELD_MANAGER}, manifest
-        )
-
     async def apply(self, manifest: Manifest, force: bool = True) -> Manifest:
         """Server-side apply: create the object, or make the fields that the manifest has what it says.
 
@@ -168,13 +158,13 @@ class Cluster:
         kind, namespace, name = _address(manifest)
         return await self._apply(Call("patch", kind, namespace, name), manifest, force)
 
-    async def apply_status(self, manifest: Manifest, force: bool = True) -> Manifest:
-        """Server-side apply to the subresource status.
+    async def apply_status(self, manifest: Manifest) -> Manifest:
+        """Server-side apply to the subresource status, forced.
 
         Raises NotFound if the object is gone.
         """
         kind, namespace, name = _address(manifest)
-        return await self._apply(Call("patch", kind, namespace, name, "status"), manifest, force)
+        return await self._apply(Call("patch", kind, namespace, name, "status"), manifest, force=True)
 
     async def merge(self, kind: Kind, namespace: str | None, name: str, patch: Manifest) -> Manifest:
         """JSON merge patch (RFC 7386)."""

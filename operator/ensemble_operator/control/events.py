@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from ensemble_operator.control.kinds import EVENT, FIELD_MANAGER, Manifest
+from ensemble_operator.control.times import micro_time
 
 # As the API validates them.
 MAX_NOTE_BYTES = 1_024
@@ -62,7 +62,7 @@ class EventMemory:
         if not count or now - last > SERIES_S:
             return None
         self._told[happening] = (name, now, count + 1)
-        return name, {"series": {"count": count + 1, "lastObservedTime": _micro_time(now)}}
+        return name, {"series": {"count": count + 1, "lastObservedTime": micro_time(now)}}
 
     def first(self, happening: Happening, now: float) -> Manifest:
         """The manifest of a new event."""
@@ -71,7 +71,7 @@ class EventMemory:
             "apiVersion": EVENT.api_version,
             "kind": EVENT.name,
             "metadata": {"name": f"{happening.name[:200]}.{digest}", "namespace": happening.namespace},
-            "eventTime": _micro_time(now),
+            "eventTime": micro_time(now),
             "reportingController": FIELD_MANAGER,
             "reportingInstance": self._reporter[:MAX_REASON],
             "action": happening.action,
@@ -102,7 +102,3 @@ class EventMemory:
 def _cut(note: str) -> str:
     text = note.encode()
     return note if len(text) <= MAX_NOTE_BYTES else text[: MAX_NOTE_BYTES - 3].decode(errors="ignore") + "…"
-
-
-def _micro_time(now: float) -> str:
-    return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

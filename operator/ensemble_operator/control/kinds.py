@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ensemble_operator.control.errors import Invalid
+from ensemble_operator.manifests import names
 
 Manifest = dict[str, Any]
 Manifests = list[Manifest]
 
-MANAGED_BY = "app.kubernetes.io/managed-by"
-FIELD_MANAGER = "ensemble-operator"
-ENSEMBLE_LABEL = "ensemble-operator.io/ensemble"
+MANAGED_BY = names.MANAGED_BY_LABEL
+FIELD_MANAGER = names.MANAGER
+ENSEMBLE_LABEL = names.ENSEMBLE_LABEL
 CHILDREN_SELECTOR = f"{MANAGED_BY}={FIELD_MANAGER}"
 
 

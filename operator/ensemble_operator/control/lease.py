@@ -16,11 +16,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from ensemble_operator.control.cluster import Cluster
 from ensemble_operator.control.errors import ClusterError, Conflict, LeadershipLost, NotFound
 from ensemble_operator.control.kinds import LEASE, Manifest
+from ensemble_operator.control.times import micro_time
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Election:
     def written(self, lease: Manifest | None, namespace: str, name: str, clock: float, *, held: bool) -> Manifest:
         """The lease as it is to be written: held by us, or given up. `clock` is the wall clock's time in seconds."""
         spec = dict((lease or {}).get("spec") or {})
-        stamp = datetime.fromtimestamp(clock, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        stamp = micro_time(clock)
         if held and spec.get("holderIdentity") != self.identity:
             spec["acquireTime"] = stamp
             spec["leaseTransitions"] = int(spec.get("leaseTransitions") or 0) + (lease is not None)

@@ -119,14 +119,14 @@ class Observer:
 
     def address(self, key: Key, pod: Pod) -> str:
         """Where a pod's admin API is."""
-        ip = f"[{pod.ip}]" if ":" in pod.ip else pod.ip
-        return self._settings.admin_url.format(ip=ip, pod=pod.name, namespace=key.namespace, component=pod.component)
+        return self._settings.admin_url.format(
+            ip=pod.host, pod=pod.name, namespace=key.namespace, component=pod.component
+        )
 
     def data_address(self, key: Key, pod: Pod, port: int) -> str:
         """Where gateways find a worker."""
-        ip = f"[{pod.ip}]" if ":" in pod.ip else pod.ip
         service = child_name(key.name, WORKER)
-        host = self._settings.worker_host.format(pod=pod.name, ip=ip, service=service, namespace=key.namespace)
+        host = self._settings.worker_host.format(pod=pod.name, ip=pod.host, service=service, namespace=key.namespace)
         return f"tcp://{host}:{port}"
 
     def forget(self, key: Key) -> None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 from ensemble_contract.plan import ModelSource
 from ensemble_operator.allocation.errors import AllocationError
-from ensemble_operator.api import InferenceEnsemble
+from ensemble_operator.api import Devices, InferenceEnsemble
 from ensemble_operator.control.book import Book
 from ensemble_operator.control.conditions import Conditions
 from ensemble_operator.control.kinds import Key, Manifest
 from ensemble_operator.control.observe import Observed, WorkerView
 from ensemble_operator.control.planning import Members
+from ensemble_operator.control.pods import Pod
 from ensemble_operator.control.status import Event
 from ensemble_operator.control.target import Target, TargetDevice
 from ensemble_operator.profiles.measurements import Measurement
@@ -86,6 +87,15 @@ class Pass:
         """The parsed resource; only asked for once there is one."""
         assert self.ensemble is not None  # noqa: S101  set by the first stage
         return self.ensemble
+
+    @property
+    def pools(self) -> tuple[Devices, ...]:
+        """The pools that the resource asks for."""
+        return (self.spec.spec.devices, *self.spec.spec.extra_devices)
+
+    def is_wanted(self, pod: Pod) -> bool:
+        """Whether a worker's pod is one of those that its pool shall have."""
+        return pod.pool < len(self.pools) and pod.ordinal < self.pools[pod.pool].count
 
     @property
     def look(self) -> Observed:

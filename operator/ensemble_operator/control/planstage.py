@@ -143,12 +143,9 @@ def _classes(one: Pass) -> list[str]:
 
 def _to_use(one: Pass) -> dict[str, TargetDevice]:
     """The devices to plan with: those wanted and there, without one that is to be emptied."""
-    pools = (one.spec.spec.devices, *one.spec.spec.extra_devices)
     pods = {v.name: v.pod for v in one.look.workers}
     return {
         worker: device
         for worker, device in one.devices.items()
-        if worker != one.draining
-        and pods[worker].pool < len(pools)
-        and pods[worker].ordinal < pools[pods[worker].pool].count
+        if worker != one.draining and one.is_wanted(pods[worker])
     }

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
+
+from ensemble_operator.control.times import unix_time
+from ensemble_operator.manifests import COMPONENT_LABEL, POOL_LABEL, TEMPLATE
 
 Manifest = Mapping[str, Any]
 
-POOL_LABEL = "ensemble-operator.io/pool"
-COMPONENT_LABEL = "app.kubernetes.io/component"
-TEMPLATE_ANNOTATION = "ensemble-operator.io/template"
 # The kubelet had its time, and some more, to say that the pod is gone.
 UNREACHABLE_AFTER_S = 15.0
 # A new pod for which a plan waits: an image's download may take longer, and then the plan is made without it.
@@ -63,6 +62,11 @@ class Pod:
         return not (self.leaving or self.trouble or self.unschedulable) and now - self.created < COMING_S
 
     @property
+    def host(self) -> str:
+        """Its address as URLs have it."""
+        return f"[{self.ip}]" if ":" in self.ip else self.ip
+
+    @property
     def leaving(self) -> bool:
         """Whether it is being deleted."""
         return self.leaving_since is not None
@@ -101,7 +105,7 @@ def read_pod(manifest: Manifest) -> Pod | None:
         ordinal=int(ordinal[1]) if ordinal else 0,
         ip=status.get("podIP", ""),
         node=spec.get("nodeName", ""),
-        template=annotations.get(TEMPLATE_ANNOTATION, ""),
+        template=annotations.get(TEMPLATE, ""),
         life=f"{metadata.get('uid', '')} {first.get('restartCount', 0)} {first.get('containerID', '')}",
         ready=is_ready,
         created=unix_time(metadata.get("creationTimestamp")),
@@ -113,21 +117,6 @@ def read_pod(manifest: Manifest) -> Pod | None:
         unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
         abandoned=_is_abandoned(ready, conditions.get("DisruptionTarget", {})),
     )
-
-
-def unix_time(text: str | None) -> float:
-    """Seconds of an RFC 3339 time of the API; 0 if there is none."""
-    if not text:
-        return 0.0
-    try:
-        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-    except ValueError:
-        return 0.0
-
-
-def rfc3339(seconds: float) -> str:
-    """A time as the API writes it."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _is_abandoned(ready: Manifest, disruption: Manifest) -> bool:

@@ -21,6 +21,7 @@ from ensemble_operator.control.status import (
     same_but_times,
 )
 from ensemble_operator.control.world import World
+from ensemble_operator.fleet import GatewayState
 from ensemble_operator.manifests import pool_name, selector_text
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Reporter:
 
     def judge(self, one: Pass) -> None:
         """Say whether the ensemble answers, and what is wrong with it."""
-        states = [view.state for view in one.look.gateways if view.state is not None and not view.pod.leaving]
+        states = _answering(one)
         served = list(dict.fromkeys(m.name for state in states for m in state.members))
         lacking = sorted({m.name for state in states for m in state.members if not m.live})
         total = len(one.spec.spec.members)
@@ -139,7 +140,7 @@ class Reporter:
             rows=_rows(one),
             measured_rows_per_s=_measured(one),
             members=members,
-            live=sum(_is_live(one, member.name) for member in one.spec.spec.members),
+            live=len(_live_members(one) & {member.name for member in one.spec.spec.members}),
             url=self._url(one),
         )
 
@@ -152,10 +153,15 @@ class Reporter:
         return f"http://{one.key.name}.{one.key.namespace}.svc:{HTTP_PORT}"
 
 
-def _is_live(one: Pass, name: str) -> bool:
-    """Whether every gateway that answers has a live instance of a member."""
-    states = [view.state for view in one.look.gateways if view.state is not None and not view.pod.leaving]
-    return bool(states) and all(any(m.name == name and m.live for m in state.members) for state in states)
+def _answering(one: Pass) -> list[GatewayState]:
+    """What the gateways say that have clients."""
+    return [view.state for view in one.look.gateways if view.state is not None and not view.pod.leaving]
+
+
+def _live_members(one: Pass) -> set[str]:
+    """Members of which every gateway that answers has a live instance."""
+    live = [{m.name for m in state.members if m.live} for state in _answering(one)]
+    return set.intersection(*live) if live else set()
 
 
 def _failed_members(one: Pass) -> dict[str, str]:

@@ -46,7 +46,7 @@ class Rolling:
     """Goes towards the target, a step at a time."""
 
     def __init__(self, world: World, fleet: Fleet, observer: Observer, upkeep: Upkeep) -> None:
-        self._world, self._observer, self._upkeep = world, observer, upkeep
+        self._observer, self._upkeep = observer, upkeep
         self._pusher = Pusher(world, fleet, observer)
 
     async def go_on(self, one: Pass) -> None:
@@ -153,9 +153,7 @@ class Rolling:
 
     async def _write(self, one: Pass, plan: EnsemblePlan) -> None:
         """Write a plan to the ConfigMap, then tell everybody."""
-        manifest = _mirror_of(one, plan)
-        self._world.cluster.guard()
-        await self._upkeep.apply(one.key, [manifest], one.uid)
+        await self._upkeep.apply(one.key, [_mirror_of(one, plan)], one.uid)
         await self._pusher.push(one.key, plan, one.look, one.token)
 
     def _note_failed(self, one: Pass, outcome: Failed) -> None:

@@ -10,8 +10,8 @@ from ensemble_contract.plan import EnsemblePlan
 from ensemble_operator.api.status import MAX_INSTANCES, MAX_ROWS
 from ensemble_operator.control import conditions as c
 from ensemble_operator.control.conditions import Condition, Conditions
-from ensemble_operator.control.pods import rfc3339
 from ensemble_operator.control.target import Target
+from ensemble_operator.control.times import rfc3339
 
 Manifest = Mapping[str, Any]
 NORMAL, WARNING = "Normal", "Warning"

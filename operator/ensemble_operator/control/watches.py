@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ensemble_operator.control.cluster import Cluster
@@ -53,7 +53,6 @@ class Watches:
         on_change: Callable[[Key], None],
         *,
         namespace: str | None = None,
-        kinds: Iterable[Kind] = WATCHED,
         on_doubt: Callable[[], None] = lambda: None,
     ) -> None:
         self.relists: Counter[str] = Counter()
@@ -62,7 +61,7 @@ class Watches:
         self._on_change = on_change
         self._on_doubt = on_doubt
         self._namespace = namespace or None
-        self._followers = {kind: _Follower() for kind in kinds}
+        self._followers = {kind: _Follower() for kind in WATCHED}
         self._all_synced = asyncio.Event()
 
     async def run(self) -> None:

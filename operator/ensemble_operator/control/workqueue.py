@@ -129,9 +129,8 @@ class WorkQueue(Generic[KeyT]):
         work: Callable[[KeyT], Awaitable[None]],
         workers: int,
         spread: Callable[[], float] = lambda: 1.0,
-        backlog: Backlog[KeyT] | None = None,
     ) -> None:
-        self.backlog = backlog or Backlog()
+        self.backlog: Backlog[KeyT] = Backlog()
         self._work = work
         self._workers = workers
         self._spread = spread

@@ -12,7 +12,8 @@ import pytest
 from ensemble_operator.control.drift import Applied
 from ensemble_operator.control.keyring import contents_of, keyring
 from ensemble_operator.control.overrides import check_allowed, remarks
-from ensemble_operator.control.pods import UNREACHABLE_AFTER_S, read_pod, read_pods, unix_time
+from ensemble_operator.control.pods import UNREACHABLE_AFTER_S, read_pod, read_pods
+from ensemble_operator.control.times import unix_time
 from ensemble_operator.errors import InvalidSpec
 from ensemble_operator.keys import new_pair
 from tests.unit.control.ensembles import ensemble
