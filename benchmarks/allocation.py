@@ -30,7 +30,7 @@ from ensemble_operator.allocation.throughput import rows_per_s
 from ensemble_operator.allocation.worstfit import worst_fit
 from ensemble_operator.bar import Bar
 from ensemble_operator.load.live import Trials
-from ensemble_operator.load.stage import HOST, staged
+from ensemble_operator.load.stage import stage_options, staged
 from ensemble_operator.planning.settings import options_of
 from ensemble_operator.profiles.held import held_bytes
 from ensemble_operator.profiles.measurements import planning_problem
@@ -39,7 +39,7 @@ from ensemble_operator.profiles.profiling import Effort, measured_members
 from ensemble_operator.profiles.progress_notes import MemberProgress
 from ensemble_operator.profiles.serving_cost import Observation, ServingCost, as_served, fitted, layouts_to_measure
 from ensemble_operator.serve.live import Screen
-from ensemble_operator.serve.preparation import ServeOptions, prepare
+from ensemble_operator.serve.preparation import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,9 +118,8 @@ async def measure(name: str, file: Path, cpu_devices: int, rounds: int, window_s
     alone = planning_problem(devices, measured, **memory)  # type: ignore[arg-type]
     options = options_of(ensemble.spec.planning, copies=len(devices))
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    serving = ServeOptions(file, HOST, 0, cpu_devices, CACHE, runtime, "shared", "none", "WARNING")
     screen = Screen()
-    planned = await prepare(serving, screen)
+    planned = await prepare(stage_options(file, cpu_devices, CACHE, runtime), screen)
     calibration = layouts_to_measure(alone)
     total = len(calibration) + rounds * len(WAYS)
     async with staged(planned, CACHE, runtime, screen.wrote) as stage:

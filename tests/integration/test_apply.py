@@ -193,7 +193,6 @@ async def test_under_load_no_request_fails_and_no_answer_is_mixed(world: World) 
 async def test_what_cannot_be_done_changes_nothing(world: World) -> None:
     """Each is refused with a message and an exit code, and what served goes on."""
     (world.folder / "models" / "broken.pt2").write_bytes(b"not a model")
-    MODELS["broken"] = (0, 0)
     other_input = {"input": {"name": "x", "datatype": "FP32", "shape": [4]}}
     refusals = [
         (shape("a b c", combine={"rule": "no such"}).text(), 3, r"changed.yaml: spec.combine.rule"),

@@ -96,13 +96,6 @@ def earnings(rates: Floats, limits: Floats, prices: Floats) -> Floats:
     return np.asarray((best_first * hours).sum(axis=-1))
 
 
-def bound_by_prices(tables: Tables, layout: Layout, prices: Floats) -> float:
-    """A throughput that the layout cannot exceed, from any prices that sum to 1."""
-    pools, levels, counts = layout.arrays()
-    rates = line_rates(tables, pools, levels)
-    return float(counts @ earnings(rates, time_limits(tables, pools, rates), prices))
-
-
 def _parts(placed: Bools) -> list[tuple[Ints, Ints]]:
     """Lines and members of the parts of a matrix that share neither; lines that hold nothing are in none."""
     lines, members = placed.shape

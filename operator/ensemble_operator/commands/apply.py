@@ -6,14 +6,9 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ensemble_operator.commands.arguments import Subparsers
 from ensemble_operator.exits import ExitCode
-
-if TYPE_CHECKING:
-    from ensemble_operator.serve.change import Change
-    from ensemble_operator.serve.live import Screen
 
 
 def add_to(subparsers: Subparsers) -> None:
@@ -43,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from ensemble_operator.serve.asking import NotApplied, Wish, ask_to_apply
     from ensemble_operator.serve.control_socket import socket_path
     from ensemble_operator.serve.live import Screen
+    from ensemble_operator.serve.summary import change_lines
 
     text, folder = resource_file.read(args.file), args.file.resolve().parent
     name = resource_file.parse_text(text, str(args.file), folder).name
@@ -56,12 +52,5 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         screen.note("not waited for: a change that has begun goes on to its end")
         raise
-    _show(change, screen)
-    return ExitCode.OK
-
-
-def _show(change: Change, screen: Screen) -> None:
-    """The matrix before and after, and what each promises."""
-    from ensemble_operator.serve.summary import change_lines
-
     screen.result(*change_lines(change))
+    return ExitCode.OK

@@ -101,10 +101,11 @@ async def _planned(args: argparse.Namespace, screen: Screen) -> tuple[Question, 
 async def _live(args: argparse.Namespace, problem: Problem, options: PlanOptions, screen: Screen) -> Plan:
     import os
 
-    from ensemble_operator.planning.live import Machine, plan_here
+    from ensemble_operator.load.stage import stage_options
+    from ensemble_operator.planning.live import plan_here
 
-    machine = Machine(args.cpu_devices, cache_folder(args), os.environ.get("XDG_RUNTIME_DIR"))
-    return await plan_here(args.file, problem, options, machine, screen, args.window)
+    serving = stage_options(args.file, args.cpu_devices, cache_folder(args), os.environ.get("XDG_RUNTIME_DIR"))
+    return await plan_here(serving, problem, options, screen, args.window)
 
 
 def _show(screen: Screen, asked: Question, found: Planned, *, explain: bool) -> None:

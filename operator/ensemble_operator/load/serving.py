@@ -7,7 +7,7 @@ from pathlib import Path
 from ensemble_operator.allocation.errors import InvalidProblem
 from ensemble_operator.bar import Bar
 from ensemble_operator.load.live import Trials
-from ensemble_operator.load.stage import HOST, staged
+from ensemble_operator.load.stage import stage_options, staged
 from ensemble_operator.profiles.held import held_bytes
 from ensemble_operator.profiles.measurements import agreed_tensors, planning_problem
 from ensemble_operator.profiles.profiling import Profiled
@@ -19,7 +19,7 @@ from ensemble_operator.profiles.serving_cost import (
     fitted,
     layouts_to_measure,
 )
-from ensemble_operator.serve.preparation import ServeOptions, prepare
+from ensemble_operator.serve.preparation import prepare
 
 WINDOW_S = 1.5
 
@@ -68,8 +68,7 @@ async def serving_cost(
     layouts = layouts_to_measure(problem)
     if not layouts:
         return None
-    serving = ServeOptions(file, HOST, 0, cpu_devices, cache_folder, runtime_base, "shared", "none", "ERROR")
-    planned = await prepare(serving, _Quiet())
+    planned = await prepare(stage_options(file, cpu_devices, cache_folder, runtime_base), _Quiet())
     with Bar(len(layouts), "measuring what serving costs") as bar:
         async with staged(planned, cache_folder, runtime_base, lambda name, line: bar.note(f"{name}: {line}")) as stage:
             trials = Trials(stage, problem, bar.at, WINDOW_S)

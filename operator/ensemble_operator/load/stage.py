@@ -8,10 +8,15 @@ from pathlib import Path
 
 from ensemble_operator.plans import ensemble_plan, gateway_plan
 from ensemble_operator.serve.deployment import Deployment, Place
-from ensemble_operator.serve.preparation import Planned
+from ensemble_operator.serve.preparation import Planned, ServeOptions
 from ensemble_operator.serve.runtime_folder import runtime_folder
 
 HOST = "127.0.0.1"
+
+
+def stage_options(file: Path, cpu_devices: int | None, cache_folder: Path, runtime_base: str | None) -> ServeOptions:
+    """What an ensemble is prepared with for a stage: a free port of this machine, shared memory."""
+    return ServeOptions(file, HOST, 0, cpu_devices, cache_folder, runtime_base, "shared", "none", "WARNING")
 
 
 @contextlib.asynccontextmanager

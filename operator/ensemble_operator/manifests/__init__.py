@@ -8,7 +8,7 @@ template as it runs, until the resource asks for another.
 
 from ensemble_operator.manifests.children import children
 from ensemble_operator.manifests.contents import plan_config_map, profiles_config_map, secret
-from ensemble_operator.manifests.inputs import Children, ChildSettings, Claims
+from ensemble_operator.manifests.inputs import Children, ChildSettings
 from ensemble_operator.manifests.keeping import keep_running
 from ensemble_operator.manifests.names import (
     COMPONENT_LABEL,
@@ -41,7 +41,6 @@ __all__ = [
     "WORKER",
     "ChildSettings",
     "Children",
-    "Claims",
     "Manifest",
     "child_name",
     "children",

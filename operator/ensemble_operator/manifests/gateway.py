@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
-from ensemble_contract.pod import HTTP_PORT, KEYS_FOLDER, STATE_FOLDER
+from ensemble_contract.pod import ADMIN_PORT, HTTP_PORT, KEYS_FOLDER, STATE_FOLDER
 from ensemble_operator.api import InferenceEnsemble
 from ensemble_operator.manifests.amounts import bytes_quantity
 from ensemble_operator.manifests.inputs import ChildSettings
 from ensemble_operator.manifests.keeping import recorded
 from ensemble_operator.manifests.names import GATEWAY, UPGRADE, Manifest, child_name, labels, metadata, selector
 from ensemble_operator.manifests.pods import (
+    ADMIN,
     MIRROR,
     Container,
     Placement,
-    admin_port,
     admin_probe,
     plain,
     pod_template,
@@ -65,12 +65,12 @@ def _template(ensemble: InferenceEnsemble, settings: ChildSettings) -> Manifest:
         command=(
             *("python", "-m", "ensemble_gateway"),
             *("--http", f"{listen_on}:{HTTP_PORT}"),
-            *("--admin", f"tcp://{listen_on}:{admin_port()[1]}"),
+            *("--admin", f"tcp://{listen_on}:{ADMIN_PORT}"),
             *("--mirror", MIRROR),
             *("--keys", KEYS_FOLDER),
             *("--state-dir", STATE_FOLDER),
         ),
-        ports=(("http", HTTP_PORT), admin_port()),
+        ports=(("http", HTTP_PORT), ADMIN),
         probes=_PROBES,
         resources=plain(overrides.resources) or defaults,
         lifecycle={"preStop": {"sleep": {"seconds": UNPUBLISH_S}}},

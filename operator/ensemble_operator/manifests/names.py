@@ -42,7 +42,12 @@ def child_name(ensemble: str, suffix: str) -> str:
 
 def pool_name(ensemble: str, pool: int) -> str:
     """The name of a pool's StatefulSet: pool 0 is `devices`, those from 1 are `extraDevices`."""
-    return child_name(ensemble, f"{WORKER}-x{pool}" if pool else WORKER)
+    return child_name(ensemble, pool_suffix(pool))
+
+
+def pool_suffix(pool: int) -> str:
+    """What tells a pool's objects apart within their ensemble."""
+    return f"{WORKER}-x{pool}" if pool else WORKER
 
 
 def labels(ensemble: str, component: str, pool: int | None = None) -> dict[str, str]:

@@ -23,6 +23,8 @@ KEYS_MODE = 0o440
 MIRROR = f"{PLAN_FOLDER}/{PLAN_FILE}"
 TEMPORARY_FOLDER = "/tmp"  # noqa: S108  an emptyDir of the pod
 DIGEST_DIGITS = 16
+# The port of every component's admin API, as its probes name it.
+ADMIN = ("admin", ADMIN_PORT)
 
 _POD_NAME = {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
 
@@ -152,16 +154,11 @@ def _our_volumes(ensemble: InferenceEnsemble, component: str) -> list[Manifest]:
 def admin_probe(path: str, period_s: int, timeout_s: int, failures: int) -> Manifest:
     """A GET of the admin API."""
     return {
-        "httpGet": {"path": path, "port": "admin", "scheme": "HTTP"},
+        "httpGet": {"path": path, "port": ADMIN[0], "scheme": "HTTP"},
         "periodSeconds": period_s,
         "timeoutSeconds": timeout_s,
         "failureThreshold": failures,
     }
-
-
-def admin_port() -> tuple[str, int]:
-    """The port of every component's admin API, as its probes name it."""
-    return "admin", ADMIN_PORT
 
 
 def merged(

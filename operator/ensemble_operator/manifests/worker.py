@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
-from ensemble_contract.pod import CLAIMS_FOLDER, DATA_PORT, KEYS_FOLDER, STATE_FOLDER
+from ensemble_contract.pod import ADMIN_PORT, CLAIMS_FOLDER, DATA_PORT, KEYS_FOLDER, STATE_FOLDER
 from ensemble_operator.api import Devices, InferenceEnsemble
 from ensemble_operator.manifests.amounts import bytes_quantity, cores_quantity
 from ensemble_operator.manifests.inputs import ChildSettings, Claims
@@ -19,14 +19,15 @@ from ensemble_operator.manifests.names import (
     labels,
     metadata,
     pool_name,
+    pool_suffix,
     selector,
     short_hash,
 )
 from ensemble_operator.manifests.pods import (
+    ADMIN,
     MIRROR,
     Container,
     Placement,
-    admin_port,
     admin_probe,
     plain,
     pod_template,
@@ -86,7 +87,7 @@ def claim_template(ensemble: InferenceEnsemble, uid: str, pool: int, devices: De
 
 def claim_template_name(ensemble: str, pool: int, devices: Devices) -> str:
     """The name of a pool's ResourceClaimTemplate."""
-    return child_name(ensemble, f"{pool_name('', pool)[1:]}-{short_hash(devices.device_class)}")
+    return child_name(ensemble, f"{pool_suffix(pool)}-{short_hash(devices.device_class)}")
 
 
 def worker_tolerations(ensemble: InferenceEnsemble, devices: Devices) -> tuple[Manifest, ...]:
@@ -109,7 +110,7 @@ def _template(ensemble: InferenceEnsemble, settings: ChildSettings, pool: int, d
         name=WORKER,
         image=overrides.image or settings.worker_image,
         command=_command(settings.listen_on, devices),
-        ports=(("data", DATA_PORT), admin_port()),
+        ports=(("data", DATA_PORT), ADMIN),
         probes=_PROBES,
         resources=_resources(overrides.resources, devices),
         lifecycle={},
@@ -138,7 +139,7 @@ def _command(listen_on: str, devices: Devices) -> tuple[str, ...]:
         *("python", "-m", "ensemble_worker", "serve"),
         *("--name", "$(POD_NAME)"),
         *_device(devices),
-        *("--admin", f"tcp://{listen_on}:{admin_port()[1]}"),
+        *("--admin", f"tcp://{listen_on}:{ADMIN_PORT}"),
         *("--data", f"tcp://{listen_on}:{DATA_PORT}"),
         *("--mirror", MIRROR),
         *("--keys", KEYS_FOLDER),

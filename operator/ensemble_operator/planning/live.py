@@ -6,41 +6,27 @@ import asyncio
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 from ensemble_operator.allocation.options import PlanOptions
 from ensemble_operator.allocation.planner import Plan
 from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.bar import Bar
 from ensemble_operator.load.live import LEAST_WINDOW_S, Trials, plan_live
-from ensemble_operator.load.stage import HOST, staged
+from ensemble_operator.load.stage import staged
 from ensemble_operator.serve.live import Screen
 from ensemble_operator.serve.preparation import ServeOptions, prepare
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What of this machine is used: how its CPU is divided, where models, profiles and sockets lie."""
-
-    cpu_devices: int | None
-    cache_folder: Path
-    runtime_base: str | None
-
-
 async def plan_here(
-    file: Path, problem: Problem, options: PlanOptions, machine: Machine, screen: Screen, window_s: float | None = None
+    serving: ServeOptions, problem: Problem, options: PlanOptions, screen: Screen, window_s: float | None
 ) -> Plan:
     """The plan of an ensemble whose candidates were measured on this machine's devices.
 
     `window_s` is the least time that answers of a candidate are counted. Ctrl-C ends the search with the best so far;
     once more, or SIGTERM, gives up. Raises what `ensemble serve` does.
     """
-    serving = ServeOptions(
-        file, HOST, 0, machine.cpu_devices, machine.cache_folder, machine.runtime_base, "shared", "none", "WARNING"
-    )
     planned = await prepare(serving, screen)
-    async with staged(planned, machine.cache_folder, machine.runtime_base, screen.wrote) as stage:
+    async with staged(planned, serving.cache_folder, serving.runtime_base, screen.wrote) as stage:
         with Bar(candidates_of(options), "starting the workers") as bar:
             trials = Trials(stage, problem, bar.at, window_s or LEAST_WINDOW_S)
             with _stopped_by_ctrl_c(trials, bar):

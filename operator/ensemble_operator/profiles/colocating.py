@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -20,6 +19,7 @@ from ensemble_operator.allocation.errors import DoesNotFit
 from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.allocation.worstfit import worst_fit
 from ensemble_operator.processes import run_once
+from ensemble_operator.profiles.files import keep, read_kept
 from ensemble_operator.profiles.measurements import Device
 from ensemble_operator.profiles.measuring import WORKER
 
@@ -77,7 +77,7 @@ class Colocating:
         """The factor of each class in `rows` (batch size by member). A class that cannot be measured is left out."""
         found = {}
         for device_class, row in rows.items():
-            known = None if self._refresh else self._read(device_class)
+            known = None if self._refresh else read_kept(self._file(device_class), _Answer)
             answer = known or await self._measure(device_class, row, sources, tensors)
             if answer.factor > 0:
                 found[device_class] = answer.factor
@@ -114,18 +114,9 @@ class Colocating:
             self._keep(device_class, answer)
         return answer
 
-    def _read(self, device_class: str) -> _Answer | None:
-        with suppress(OSError, msgspec.DecodeError):
-            return msgspec.json.decode(self._file(device_class).read_bytes(), type=_Answer)
-        return None
-
     def _keep(self, device_class: str, answer: _Answer) -> None:
-        path = self._file(device_class)
-        partial = path.with_suffix(f".{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(msgspec.json.encode(answer))
-            partial.replace(path)
+            keep(self._file(device_class), answer)
         except OSError as error:
             self._report(f"co-location is not kept: {error.filename}: {error.strerror}")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ import msgspec
 
 from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import TensorSpec
+from ensemble_operator.profiles.files import keep, read_kept
 from ensemble_operator.profiles.measurements import Measurement
 
 # A profile of other versions of these is of another program.
@@ -106,19 +106,14 @@ class KeptProfiles:
 
     def read(self, key: str) -> Kept:
         """What is known; nothing where the file is not there, or cannot be read or believed."""
-        with suppress(OSError, msgspec.DecodeError):
-            return msgspec.json.decode((self._folder / f"{key}.json").read_bytes(), type=Kept)
-        return Kept()
+        return read_kept(self._folder / f"{key}.json", Kept) or Kept()
 
     def write(self, key: str, kept: Kept) -> None:
         """Keep it.
 
         Raises OSError.
         """
-        partial = self._folder / f"{key}.{os.getpid()}"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(msgspec.json.encode(kept))
-        partial.replace(self._folder / f"{key}.json")
+        keep(self._folder / f"{key}.json", kept)
 
 
 def key_of(

@@ -11,9 +11,7 @@ T rows/s measured, n / T = sum over members of (t / b + batch_s / b + row_s).
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.memory import is_feasible
 from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.allocation.worstfit import preferred_batch_size
+from ensemble_operator.profiles.files import keep, read_kept
 from ensemble_operator.profiles.measurements import Device, Measurement, Point
 
 
@@ -116,19 +115,14 @@ class KeptCosts:
 
     def read(self, key: str) -> ServingCost | None:
         """The cost; None where it is not known, or the file cannot be believed."""
-        with suppress(OSError, msgspec.DecodeError):
-            return msgspec.json.decode((self._folder / f"{key}.json").read_bytes(), type=ServingCost)
-        return None
+        return read_kept(self._folder / f"{key}.json", ServingCost)
 
     def write(self, key: str, cost: ServingCost) -> None:
         """Keep it.
 
         Raises OSError.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._folder / f"{key}.{os.getpid()}"
-        partial.write_bytes(msgspec.json.encode(cost))
-        partial.replace(self._folder / f"{key}.json")
+        keep(self._folder / f"{key}.json", cost)
 
 
 def cost_key(

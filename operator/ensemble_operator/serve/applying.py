@@ -15,7 +15,6 @@ import msgspec
 from ensemble_contract.plan import EnsemblePlan
 from ensemble_contract.tensors import TensorSpec
 from ensemble_operator import resource_file
-from ensemble_operator.allocation.memory import used_bytes
 from ensemble_operator.api import InvalidSpec, Problem
 from ensemble_operator.errors import EnsembleError
 from ensemble_operator.plans import ensemble_plan, gateway_plan
@@ -23,7 +22,7 @@ from ensemble_operator.profiles.held import ROW_CACHE_BYTES
 from ensemble_operator.profiles.measurements import Device
 from ensemble_operator.rollout.placement import Version
 from ensemble_operator.rollout.plans import memory_of, needs_of
-from ensemble_operator.serve.change import Change, change_of
+from ensemble_operator.serve.change import Change, allocation_of, change_of
 from ensemble_operator.serve.deployment import Deployment, PlanNotKept
 from ensemble_operator.serve.preparation import ModelUnavailable, Planned, ServeOptions, Teller, plan_for
 from ensemble_operator.serve.walk import Goal, NoWay, VersionFailed, walk
@@ -93,18 +92,19 @@ class Applier:
 
     def _left_to_measure(self) -> tuple[Device, ...]:
         """The devices, with what they have left beside what serves: measuring must not harm it."""
-        planned = self.planned
-        used = used_bytes(planned.problem, planned.matrix).tolist()
-        taken = {d.name: int(used[at]) + d.overhead_bytes for at, d in enumerate(planned.problem.devices)}
+        taken = allocation_of(self.planned).used_bytes
         return tuple(
-            msgspec.structs.replace(device, capacity_bytes=max(1, device.capacity_bytes - taken[name]))
-            for name, device in planned.devices.items()
+            msgspec.structs.replace(device, capacity_bytes=max(1, device.capacity_bytes - int(taken[name])))
+            for name, device in self.planned.devices.items()
         )
 
     def _goal(self, planned: Planned) -> Goal:
         self._needs |= needs_of(planned.problem, planned.sources.values())
         addresses = {worker.name: worker.address for worker in self._deployment.plan.gateway.workers}
         plan = plan_to_serve(planned, addresses, generation=0)
+        # The gateway would wait to switch to a member that no worker can hold: requests wait for it from the start.
+        gateway = msgspec.structs.replace(plan.gateway, hold=bool(planned.unloadable))
+        plan = msgspec.structs.replace(plan, gateway=gateway)
         return Goal(plan, memory_of(planned.problem, self._needs), planned.ensemble.spec.rollout == "Pause")
 
     async def _walk(self, goal: Goal, teller: Teller) -> int:
@@ -127,13 +127,9 @@ class Applier:
 
 
 def plan_to_serve(planned: Planned, addresses: dict[str, str], generation: int) -> EnsemblePlan:
-    """The whole plan for workers at these addresses.
-
-    With a member that no worker can hold, requests wait for it from the start: the gateway would wait to switch.
-    """
+    """The whole plan for workers at these addresses."""
     gateway = gateway_plan(planned.ensemble, generation, planned.sources, planned.tensors, addresses)
-    hold = generation == 0 and bool(planned.unloadable)
-    return ensemble_plan(msgspec.structs.replace(gateway, hold=hold), planned.matrix, planned.sources, ROW_CACHE_BYTES)
+    return ensemble_plan(gateway, planned.matrix, planned.sources, ROW_CACHE_BYTES)
 
 
 def _check_tensors(before: Planned, after: Planned, source: str) -> None:

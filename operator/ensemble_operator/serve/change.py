@@ -83,6 +83,7 @@ def status_of(planned: Planned, plan: EnsemblePlan, observed: Observed, *, chang
     names = [member.name for member in plan.gateway.members]
     live = {member.name for member in gateway.members if member.live} if gateway else set()
     missing = [name for name in names if name not in live]
+    answering = len(names) - len(missing)
     held = sum(report is not None for report in observed.workers.values())
     ready = gateway is not None and gateway.ready
     rows = [
@@ -111,10 +112,10 @@ def status_of(planned: Planned, plan: EnsemblePlan, observed: Observed, *, chang
             "rows": rows[:MAX_STATUS_ROWS],
         },
         "throughput": {"predicted": planned.predicted_rows_per_s, "bound": planned.bound_rows_per_s},
-        "members": {"total": len(names), "live": len(names) - len(missing), "summary": f"{len(live)}/{len(names)}"},
+        "members": {"total": len(names), "live": answering, "summary": f"{answering}/{len(names)}"},
         "url": f"{gateway.url}/v2/models/{planned.ensemble.name}" if gateway else "",
     }
 
 
-def _condition(kind: str, holds: bool, reason: str, message: str) -> dict[str, str]:  # two words say it
+def _condition(kind: str, holds: bool, reason: str, message: str) -> dict[str, str]:
     return {"type": kind, "status": "True" if holds else "False", "reason": reason, "message": message}

@@ -12,11 +12,12 @@ from scipy.optimize import linprog
 
 from ensemble_operator.allocation.errors import DoesNotFit
 from ensemble_operator.allocation.greedy import Trace, _best_neighbour, _Point
-from ensemble_operator.allocation.layout import layout_of, matrix_of
+from ensemble_operator.allocation.layout import Layout, layout_of, line_rates, matrix_of
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.moves import Surroundings, together
 from ensemble_operator.allocation.problem import DeviceSpec, Member, Problem, Profile
-from ensemble_operator.allocation.throughput import bound_by_prices, rows_per_s, solve
+from ensemble_operator.allocation.tables import Floats, Tables
+from ensemble_operator.allocation.throughput import earnings, rows_per_s, solve, time_limits
 from ensemble_operator.allocation.worstfit import fill, worst_fit
 from tests.unit.allocation.problems import MIB, problems, random_problem
 
@@ -70,6 +71,13 @@ def reference(problem: Problem, matrix: Matrix) -> float:
         right.append(problem.colocation.get(device.device_class, 1.0) if sum(on) > 1 else 1.0)
     found = linprog([0.0] * len(cells) + [-1.0], A_ub=system, b_ub=right, bounds=[(0, 1)] * len(cells) + [(0, None)])
     return float(-found.fun)
+
+
+def bound_by_prices(tables: Tables, layout: Layout, prices: Floats) -> float:
+    """A throughput that the layout cannot exceed, from any prices that sum to 1."""
+    pools, levels, counts = layout.arrays()
+    rates = line_rates(tables, pools, levels)
+    return float(counts @ earnings(rates, time_limits(tables, pools, rates), prices))
 
 
 def some_matrix(problem: Problem, seed: int) -> Matrix | None:
