@@ -156,7 +156,7 @@ def test_prometheus_is_told_where_the_ports_are(helm: Helm) -> None:
     assert only(manifests, "ConfigMap", ending="dashboard")["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
-def test_notes_tell_the_next_command(helm: Helm) -> None:
+def test_notes_tell_the_next_command() -> None:
     notes = (CHART / "templates/NOTES.txt").read_text()
     for command in ("helm test", "kubectl apply", "kubectl wait", "kubectl describe", "helm show crds"):
         assert command in notes

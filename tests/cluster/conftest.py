@@ -17,12 +17,18 @@ def cluster() -> Cluster:
     return Cluster.of(os.environ)
 
 
+def restricted_namespace(cluster: Cluster, prefix: str) -> str:
+    """The name of a new namespace that enforces the Pod Security Standard `restricted`."""
+    name = f"{prefix}-{secrets.token_hex(3)}"
+    metadata = {"name": name, "labels": RESTRICTED}
+    cluster.kubectl("apply", "-f", "-", content={"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+    return name
+
+
 @pytest.fixture(scope="module")
 def namespace(cluster: Cluster) -> Iterator[str]:
     """A namespace that enforces the Pod Security Standard `restricted`; it is gone at the end."""
-    name = f"ensembles-{secrets.token_hex(3)}"
-    metadata = {"name": name, "labels": RESTRICTED}
-    cluster.kubectl("apply", "-f", "-", content={"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+    name = restricted_namespace(cluster, "ensembles")
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
 
@@ -30,9 +36,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def system(cluster: Cluster) -> Iterator[str]:
     """The namespace of a release `ensembles` of the chart, with two operators."""
-    name = f"system-{secrets.token_hex(3)}"
-    metadata = {"name": name, "labels": RESTRICTED}
-    cluster.kubectl("apply", "-f", "-", content={"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+    name = restricted_namespace(cluster, "system")
     images = f"images.registry={cluster.registry},images.tag={cluster.tag}"
     where = ("--namespace", name, "--wait", "--timeout", "120s")
     try:

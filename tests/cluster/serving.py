@@ -16,6 +16,7 @@ from tests.cluster.cluster import ROOT, Cluster, Manifest, pod, until
 
 API = "ensemble-operator.io/v1alpha1"
 SETTLE_S = 120.0
+NODE_FOLDER = "/var/tmp"
 HARMS = ("unconnected", "lost", "failed", "wrong")
 
 
@@ -37,10 +38,14 @@ class Ensemble:
         """Wait until the operator has nothing left to do for it and holds so many devices."""
         until(lambda: self._is_settled(devices), timeout_s, f"{self.name} with {devices} devices", self.explanation)
 
+    def status(self) -> Any:
+        """What the operator reports; empty before it has looked."""
+        return self._get().get("status", {})
+
     def instances(self) -> dict[str, set[str]]:
         """The workers of each member, by the plan that its status shows."""
         found: dict[str, set[str]] = {}
-        for row in self._get()["status"]["allocation"]["rows"]:
+        for row in self.status()["allocation"]["rows"]:
             for instance in row["instances"]:
                 found.setdefault(instance["member"], set()).add(row["worker"])
         return found
@@ -157,32 +162,34 @@ def serve_models(cluster: Cluster, namespace: str, factors: Mapping[str, float],
 def claim_of_models(cluster: Cluster, namespace: str, claim: str, factors: Mapping[str, float]) -> Iterator[None]:
     """The networks as pvc://CLAIM/NAME.onnx, from a folder of the same path and content on every node."""
     unique = f"{claim}-{secrets.token_hex(4)}"
-    folder = f"/var/tmp/{unique}"
+    folder = f"/folder/{unique}"
     kind = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": unique}}
     cluster.kubectl("apply", "-f", "-", content=kind)
     size = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
     volume = {
         **size,
         "capacity": {"storage": "1Mi"},
-        "hostPath": {"path": folder},
+        "hostPath": {"path": f"{NODE_FOLDER}/{unique}"},
         "claimRef": {"namespace": namespace, "name": claim},
     }
     request = {**size, "volumeName": unique, "resources": {"requests": {"storage": "1Mi"}}}
     try:
         cluster.apply(_model_files(factors), unique)
-        _on_every_node(cluster, unique, folder, "cp /files/* /folder/ && chmod -R a+rX /folder")
+        _on_every_node(cluster, unique, f"mkdir -p {folder} && cp /files/* {folder} && chmod -R a+rX {folder}")
         persistent = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": unique}, "spec": volume}
         cluster.kubectl("apply", "-f", "-", content=persistent)
         wanted = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": claim}, "spec": request}
         cluster.apply(wanted, namespace)
         yield
     finally:
-        _on_every_node(cluster, unique, folder, "rm -f /folder/*")
+        # Nodes may share a disk: then another one's pod may be the first to remove the folder.
+        _on_every_node(cluster, unique, f"rm -f {folder}/*; rmdir {folder} || test ! -e {folder}")
         cluster.kubectl("delete", "persistentvolume", unique, "--wait=false", "--ignore-not-found")
         cluster.kubectl("delete", "namespace", unique, "--wait=false")
 
 
-def _on_every_node(cluster: Cluster, namespace: str, folder: str, script: str) -> None:
+def _on_every_node(cluster: Cluster, namespace: str, script: str) -> None:
+    """Run a shell script as root on each node, with the model files at /files and NODE_FOLDER at /folder."""
     names = []
     for node in cluster.get("nodes")["items"]:
         name = f"run-{secrets.token_hex(4)}"
@@ -190,7 +197,7 @@ def _on_every_node(cluster: Cluster, namespace: str, folder: str, script: str) -
         manifest["spec"]["nodeName"] = node["metadata"]["name"]
         manifest["spec"]["securityContext"] = {"runAsUser": 0}
         manifest["spec"]["containers"][0]["volumeMounts"].append({"name": "folder", "mountPath": "/folder"})
-        host: Manifest = {"path": folder, "type": "DirectoryOrCreate"}
+        host: Manifest = {"path": NODE_FOLDER, "type": "DirectoryOrCreate"}
         manifest["spec"]["volumes"].append({"name": "folder", "hostPath": host})
         cluster.apply(manifest, namespace)
         names.append(f"pod/{name}")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import re
 import subprocess
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy
 import pytest
 import tritonclient.http as v2
-from charts.tiny import WIDTH, tiny_network
+from charts.tiny import WIDTH
 
-from tests.cluster.cluster import Cluster, Manifest, pod, until
+from tests.cluster.cluster import Cluster, Manifest, until
+from tests.cluster.serving import Ensemble, serve_models
 
 NAME = "numbers"
 FACTORS = {"two": 2.0, "four": 4.0}
@@ -31,67 +30,44 @@ print(urllib.request.urlopen(request, timeout=10).read().decode())
 """
 
 
-def ensemble(count: int = 1) -> Manifest:
+def spec() -> Manifest:
     """Two members that multiply by two and by four; their mean multiplies by three."""
     members = [
         {"name": name, "model": {"uri": f"http://models:8080/{name}.onnx"}, "format": "onnx"} for name in FACTORS
     ]
-    spec = {
+    return {
         "members": members,
         "input": {"name": "numbers", "datatype": "FP32", "shape": [WIDTH]},
         "output": {"name": "doubled", "datatype": "FP32", "shape": [WIDTH]},
-        "devices": {"count": count, "resource": "cpu", "cores": "100m", "memory": "1Gi"},
+        "devices": {"count": 1, "resource": "cpu", "cores": "100m", "memory": "1Gi"},
         "batching": {"sizes": [1, 8], "maxQueueBytes": "16Mi"},
         "planning": {"profileBudget": "10s"},
         "gateway": {"replicas": 2},
     }
-    api = "ensemble-operator.io/v1alpha1"
-    return {"apiVersion": api, "kind": "InferenceEnsemble", "metadata": {"name": NAME}, "spec": spec}
 
 
 @pytest.fixture(scope="module")
-def models(cluster: Cluster, namespace: str) -> None:
-    """The model files behind HTTP, as the Service `models`."""
-    files = {f"{name}.onnx": base64.b64encode(tiny_network(factor)).decode() for name, factor in FACTORS.items()}
-    cluster.apply(
-        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "models"}, "binaryData": files}, namespace
-    )
-    server = pod("models", cluster.image("gateway"), ("python", "-m", "http.server", "8080", "-d", "/files"), "models")
-    server["metadata"]["labels"] = {"app": "models"}
-    cluster.apply(server, namespace)
-    spec = {"selector": {"app": "models"}, "ports": [{"port": 8080}]}
-    cluster.apply({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "models"}, "spec": spec}, namespace)
-    cluster.kubectl("wait", "--for=condition=Ready", "pod/models", "-n", namespace, "--timeout=60s", timeout_s=90)
+def ensemble(cluster: Cluster, system: str, namespace: str) -> Ensemble:
+    """Not applied yet; its model files are behind HTTP."""
+    serve_models(cluster, namespace, FACTORS)
+    return Ensemble(cluster, namespace, NAME)
 
 
 @pytest.fixture(scope="module")
-def ready(cluster: Cluster, system: str, namespace: str, models: None) -> float:
+def ready(ensemble: Ensemble) -> float:
     """The ensemble was applied and is Ready; the seconds that it took."""
     began = time.monotonic()
-    cluster.apply(ensemble(), namespace)
-    wait_ready(cluster, namespace)
+    ensemble.apply(spec())
+    wait_ready(ensemble)
     return time.monotonic() - began
 
 
-def wait_ready(cluster: Cluster, namespace: str) -> None:
+def wait_ready(ensemble: Ensemble) -> None:
     def is_ready() -> bool:
-        conditions = status(cluster, namespace).get("conditions", [])
+        conditions = ensemble.status().get("conditions", [])
         return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
 
-    until(is_ready, READY_S, "Ready", lambda: explanation(cluster, namespace))
-
-
-def status(cluster: Cluster, namespace: str) -> dict[str, Any]:
-    found: dict[str, Any] = cluster.get("inferenceensemble", NAME, "-n", namespace).get("status", {})
-    return found
-
-
-def explanation(cluster: Cluster, namespace: str) -> str:
-    """What a person would look at."""
-    described = cluster.kubectl("describe", "inferenceensemble", NAME, "-n", namespace)
-    pods = cluster.kubectl("get", "pods", "-n", namespace, "-o", "wide")
-    logs = cluster.kubectl("logs", "-n", namespace, "-l", f"ensemble-operator.io/ensemble={NAME}", "--tail=15")
-    return f"{described}\n{pods}\n{logs}"
+    until(is_ready, READY_S, "Ready", ensemble.explanation)
 
 
 def answer(cluster: Cluster, namespace: str) -> list[float]:
@@ -141,37 +117,37 @@ def test_kubectl_shows_what_a_person_needs(cluster: Cluster, namespace: str, rea
     assert url == f"http://{NAME}.{namespace}.svc:8000"
 
 
-def test_no_pod_of_it_has_a_token(cluster: Cluster, namespace: str, ready: float) -> None:
-    pods = cluster.get("pods", "-n", namespace, "-l", f"ensemble-operator.io/ensemble={NAME}")["items"]
+def test_no_pod_of_it_has_a_token(ensemble: Ensemble, ready: float) -> None:
+    pods = ensemble.pods().values()
     assert {p["metadata"]["labels"]["app.kubernetes.io/component"] for p in pods} == {"worker", "gateway"}
     for found in pods:
         assert not [volume for volume in found["spec"]["volumes"] if "projected" in volume]
 
 
-def test_devices_are_scaled_up_and_down(cluster: Cluster, namespace: str, ready: float) -> None:
+def test_devices_are_scaled_up_and_down(cluster: Cluster, namespace: str, ensemble: Ensemble, ready: float) -> None:
     for count in (2, 1):
         cluster.kubectl("scale", f"ie/{NAME}", f"--replicas={count}", "-n", namespace)
 
         def settled(count: int = count) -> bool:
-            found = status(cluster, namespace)
+            found = ensemble.status()
             rows = len(found.get("allocation", {}).get("rows", []))
             return (found["devices"]["summary"], rows, found["replicas"]) == (f"{count}/{count}", count, count)
 
-        until(settled, READY_S, f"{count} devices", lambda: explanation(cluster, namespace))
+        until(settled, READY_S, f"{count} devices", ensemble.explanation)
         assert answer(cluster, namespace) == [3, 6, 9, 12]
 
 
-def test_a_deleted_worker_returns(cluster: Cluster, namespace: str, ready: float) -> None:
-    before = cluster.get("pod", f"{NAME}-worker-0", "-n", namespace)["metadata"]["uid"]
-    cluster.kubectl("delete", "pod", f"{NAME}-worker-0", "-n", namespace, "--wait=false")
+def test_a_deleted_worker_returns(cluster: Cluster, namespace: str, ensemble: Ensemble, ready: float) -> None:
+    worker = f"{NAME}-worker-0"
+    before = cluster.get("pod", worker, "-n", namespace)["metadata"]["uid"]
+    cluster.kubectl("delete", "pod", worker, "-n", namespace, "--wait=false")
 
     def is_back() -> bool:
-        pods = cluster.get("pods", "-n", namespace, "-l", f"ensemble-operator.io/ensemble={NAME}")["items"]
-        found = [p for p in pods if p["metadata"]["name"] == f"{NAME}-worker-0"]
-        return bool(found) and found[0]["metadata"]["uid"] != before
+        found = ensemble.pods().get(worker)
+        return found is not None and found["metadata"]["uid"] != before
 
     until(is_back, 60, "a new worker")
-    wait_ready(cluster, namespace)
+    wait_ready(ensemble)
     assert answer(cluster, namespace) == [3, 6, 9, 12]
 
 
