@@ -90,17 +90,20 @@ def pods_of(document: Manifest) -> int:
 async def offer(kube: KubeClient, namespace: str, document: Manifest) -> Manifest | None:
     """Create or replace a resource; None if the API server refuses it."""
     name = document["metadata"]["name"]
-    live = await kube.get(KIND, namespace, name)
-    metadata: dict[str, Any] = {"name": name, "namespace": namespace}
-    if live is not None:
-        metadata["resourceVersion"] = live["metadata"]["resourceVersion"]
-    path = path_of(KIND, namespace, name if live is not None else "")
-    try:
-        return dict(await kube.ask("POST" if live is None else "PUT", path, {**document, "metadata": metadata}))
-    except Refused as refused:
-        if refused.status not in (400, 409, 422):
-            raise
-        return None
+    while True:
+        live = await kube.get(KIND, namespace, name)
+        metadata: dict[str, Any] = {"name": name, "namespace": namespace}
+        if live is not None:
+            metadata["resourceVersion"] = live["metadata"]["resourceVersion"]
+        path = path_of(KIND, namespace, name if live is not None else "")
+        try:
+            return dict(await kube.ask("POST" if live is None else "PUT", path, {**document, "metadata": metadata}))
+        except Refused as refused:
+            if refused.status in (400, 422):
+                return None
+            # The operator wrote its status in between.
+            if refused.status != 409:
+                raise
 
 
 async def mutants_of(kube: KubeClient, namespace: str, rng: random.Random, names: Sequence[str]) -> list[str]:

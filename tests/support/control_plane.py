@@ -134,10 +134,16 @@ class ControlPlane:
         self.components["kube-apiserver"].kill()
 
     def start_api_server(self) -> None:
-        """Start it again, on the same port and with the same objects, and whoever ended because it was gone."""
+        """Start it again, on the same port and with the same objects.
+
+        Controllers and scheduler start afresh too: after a long outage each of their watches waits up to a minute
+        before it tries again, and until then they act on nodes and pods that are gone.
+        """
         self.components["kube-apiserver"].start()
         self.wait_ready()
-        for component in self.components.values():
+        for name, component in self.components.items():
+            if name not in STORE:
+                component.kill()
             component.start()
 
     def restart_api_server(self) -> None:
