@@ -77,13 +77,22 @@ images:  ## Build the three images as archives in build/images (with docker, or 
 	    for target in $(IMAGES); do docker build --target $$target --tag localhost/$$target:test . && \
 	        docker save --output build/images/$$target.tar localhost/$$target:test; done; fi
 
+# The stock client that tests send from a pod: for the Python of the images, which have numpy themselves.
+V2_CLIENT := build/v2-client
+$(V2_CLIENT)/.installed: constraints.txt | $(BIN)/python
+	rm -rf $(V2_CLIENT)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --target $(V2_CLIENT) \
+	    --python-version 3.11 --only-binary :all: 'tritonclient[http]'
+	@rm -rf $(V2_CLIENT)/numpy* && touch $@
+
+CLUSTER_TEST = ENSEMBLE_TEST_V2_CLIENT=$(abspath $(V2_CLIENT)) $(BIN)/python -m pytest tests/cluster $(ARGS)
 .PHONY: cluster-test
-cluster-test: $(VENV)/.installed-dev images  ## Install, serve and break things in the cluster that KUBECONFIG names
-	@if [ -n "$${KUBECONFIG:-}" ]; then ENSEMBLE_TEST_IMAGES=$${ENSEMBLE_TEST_IMAGES:-localhost:test} $(BIN)/python -m pytest tests/cluster $(ARGS); \
+cluster-test: $(VENV)/.installed-dev images models $(V2_CLIENT)/.installed  ## Install, serve and break things in the cluster that KUBECONFIG names
+	@if [ -n "$${KUBECONFIG:-}" ]; then export ENSEMBLE_TEST_IMAGES=$${ENSEMBLE_TEST_IMAGES:-localhost:test}; $(CLUSTER_TEST); \
 	elif [ -x $(KUBE)/cluster ]; then \
-	    $(KUBE)/cluster up --nodes 2; trap '$(KUBE)/cluster down' EXIT; \
-	    $(KUBE)/cluster load build/images/*.tar; \
-	    ENSEMBLE_TEST_IMAGES=localhost:test $(KUBE)/cluster run $(BIN)/python -m pytest tests/cluster $(ARGS); \
+	    $(BIN)/python -m tests.cluster.second_tag next build/images/*.tar; \
+	    export ENSEMBLE_TEST_IMAGES=localhost:test ENSEMBLE_TEST_NEXT_IMAGES=localhost:next; \
+	    .ci/with-cluster env $(CLUSTER_TEST); \
 	else echo "KUBECONFIG names no cluster: kind create cluster, load build/images/*.tar into it, and set KUBECONFIG" >&2; exit 1; fi
 
 .PHONY: clean

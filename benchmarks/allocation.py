@@ -1,12 +1,13 @@
 """How good the allocation is: measured side by side on this machine's CPU devices, modelled on the described clusters.
 
-    python -m benchmarks.allocation [--quick] [--ensembles digits,cnn] [--json FILE] [--plot FILE]
+    python -m benchmarks.allocation [--quick] [--ensembles digits,imagenet] [--json FILE] [--plot FILE]
 
 Four ways to plan: worst-fit decreasing (`start`), the same placement with every member at its fastest batch size
 (`best batch`, the baseline: the batch size of each network tuned, nothing else), the paper's bounded greedy, and ours.
 Live, all four are pushed in turn to the same workers and gateway, again and again in an order that rotates, each for a
-window under a load that keeps its batches full; medians are shown, with what the model promised. Its cost of serving
-is fitted to two other layouts, measured before. Modelled, the described clusters of examples/planning add the bound.
+window under a load that keeps its batches full. In every round the networks are profiled anew, and the two layouts that
+tell what serving costs run among the others, so that a machine that is now faster and now slower is so for predictions
+as for measurements; medians count. Modelled, the described clusters of examples/planning add the bound.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from benchmarks import planning, preparation
 from ensemble_operator import resource_file
 from ensemble_operator.allocation.options import PlanOptions
@@ -32,8 +35,8 @@ from ensemble_operator.bar import Bar
 from ensemble_operator.load.live import Trials
 from ensemble_operator.load.stage import stage_options, staged
 from ensemble_operator.planning.settings import options_of
-from ensemble_operator.profiles.held import held_bytes
-from ensemble_operator.profiles.measurements import planning_problem
+from ensemble_operator.profiles.held import serving_problem
+from ensemble_operator.profiles.measurements import Measurement
 from ensemble_operator.profiles.measuring import find_devices
 from ensemble_operator.profiles.profiling import Effort, measured_members
 from ensemble_operator.profiles.progress_notes import MemberProgress
@@ -46,6 +49,10 @@ if TYPE_CHECKING:
 
     from ensemble_operator.allocation.matrix import Matrix
     from ensemble_operator.allocation.problem import Problem
+    from ensemble_operator.api import InferenceEnsemble
+    from ensemble_operator.profiles.measurements import Device, Point
+
+Profiles = dict[tuple[str, str], Measurement]
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "build" / "bench" / "allocation"
@@ -107,30 +114,26 @@ def ways(problem: Problem, options: PlanOptions) -> dict[str, Matrix]:
 
 async def measure(name: str, file: Path, cpu_devices: int, rounds: int, window_s: float) -> list[Measured]:
     """All ways on one ensemble, interleaved."""
-    ensemble, devices = resource_file.load(file), await find_devices(cpu_devices)
-    sizes = ensemble.spec.batching.sizes
-    with Bar(len(ensemble.spec.members), f"profiling {name}") as bar:
-        progress = MemberProgress(bar, sizes, len(ensemble.spec.members))
-        # Profiles of earlier runs may be of a busy machine.
-        effort = Effort(PROFILE_BUDGET_S, CACHE, refresh=True)
-        measured = await measured_members(ensemble, devices, effort, progress)
-    memory = {"headroom": ensemble.spec.devices.memory_headroom, "held_bytes": held_bytes(ensemble, devices)}
-    alone = planning_problem(devices, measured, **memory)  # type: ignore[arg-type]
-    options = options_of(ensemble.spec.planning, copies=len(devices))
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    screen = Screen()
+    subject = Subject(resource_file.load(file), tuple(await find_devices(cpu_devices)))
+    profiles = [await subject.profiles(subject.ensemble.spec.batching.sizes)]
+    first = subject.problem(profiles[0])
+    runtime, screen = os.environ.get("XDG_RUNTIME_DIR"), Screen()
     planned = await prepare(stage_options(file, cpu_devices, CACHE, runtime), screen)
-    calibration = layouts_to_measure(alone)
-    total = len(calibration) + rounds * len(WAYS)
+    layouts = {f"layout {index}": matrix for index, matrix in enumerate(layouts_to_measure(first))}
     async with staged(planned, CACHE, runtime, screen.wrote) as stage:
-        with Bar(total, f"measuring {name}") as bar:
-            trials = Trials(stage, alone, bar.at, window_s)
-            seen = [Observation(matrix, await _rows_per_s(trials, matrix)) for matrix in calibration]
-            cost = fitted(alone, seen)
-            served = as_served(measured, cost, {d.device_class for d in devices if d.kind == "cpu"})
-            problem = planning_problem(devices, served, **memory)  # type: ignore[arg-type]
-            matrices = ways(problem, options)
-            windows = await _interleaved(trials, matrices, rounds)
+        with Bar(len(layouts) + rounds * (len(layouts) + len(WAYS)), f"measuring {name}") as bar:
+            trials = Trials(stage, first, bar.at, window_s)
+            windows = {layout: [await _rows_per_s(trials, matrix)] for layout, matrix in layouts.items()}
+            cost = fitted(first, observed(layouts, windows))
+            found = ways(subject.problem(profiles[0], cost), subject.options)
+            windows |= {way: [] for way in found}
+            for turn in range(rounds):
+                profiles.append(await subject.profiles(used_sizes([*layouts.values(), *found.values()])))
+                await _round(trials, {**layouts, **found}, turn, windows)
+    medians = median_profiles(profiles)
+    alone = subject.problem(medians)
+    cost = fitted(alone, observed(layouts, windows))
+    served = subject.problem(medians, cost)
     print_cost(name, cost)
     return [
         Measured(
@@ -138,21 +141,70 @@ async def measure(name: str, file: Path, cpu_devices: int, rounds: int, window_s
             way,
             tuple(map(tuple, matrix.sizes.tolist())),
             tuple(windows[way]),
-            rows_per_s(problem, matrix),
+            rows_per_s(served, matrix),
             rows_per_s(alone, matrix),
         )
-        for way, matrix in matrices.items()
+        for way, matrix in found.items()
     ]
 
 
-async def _interleaved(trials: Trials, matrices: dict[str, Matrix], rounds: int) -> dict[str, list[float]]:
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """An ensemble on this machine's devices."""
+
+    ensemble: InferenceEnsemble
+    devices: tuple[Device, ...]
+
+    @property
+    def options(self) -> PlanOptions:
+        """How `ensemble serve` plans it."""
+        return options_of(self.ensemble.spec.planning, copies=len(self.devices))
+
+    async def profiles(self, sizes: Sequence[int]) -> Profiles:
+        """Its networks alone at these batch sizes, measured now: profiles of before may be of a busier machine."""
+        spec = replace(self.ensemble.spec, batching=replace(self.ensemble.spec.batching, sizes=tuple(sizes)))
+        count = len(spec.members)
+        with Bar(count, f"profiling {self.ensemble.name}") as bar:
+            progress = MemberProgress(bar, sizes, count)
+            effort = Effort(PROFILE_BUDGET_S, CACHE, refresh=True)
+            return await measured_members(replace(self.ensemble, spec=spec), self.devices, effort, progress)
+
+    def problem(self, profiles: Profiles, cost: ServingCost | None = None) -> Problem:
+        """The problem of placing them, as served where it is known what that costs."""
+        cpus = {device.device_class for device in self.devices if device.kind == "cpu"}
+        served = as_served(profiles, cost, cpus) if cost is not None else profiles
+        return serving_problem(self.ensemble, self.devices, served)
+
+
+def observed(layouts: dict[str, Matrix], windows: dict[str, list[float]]) -> list[Observation]:
+    """What the layouts were measured to answer, the medians."""
+    return [Observation(matrix, statistics.median(windows[layout])) for layout, matrix in layouts.items()]
+
+
+def used_sizes(matrices: Sequence[Matrix]) -> list[int]:
+    """The batch sizes in these matrices, ascending."""
+    return sorted({size for matrix in matrices for size in matrix.sizes.ravel().tolist() if size})
+
+
+def median_profiles(profiles: Sequence[Profiles]) -> Profiles:
+    """The first profiles with the median speed of each batch size over all of them that have it."""
+    return {
+        key: msgspec.structs.replace(found, points=tuple(_median_point(p, key, profiles) for p in found.points))
+        for key, found in profiles[0].items()
+    }
+
+
+def _median_point(point: Point, key: tuple[str, str], profiles: Sequence[Profiles]) -> Point:
+    same = [one for each in profiles for one in each[key].points if one.batch_size == point.batch_size]
+    rate = statistics.median(one.rows_per_s for one in same)
+    return msgspec.structs.replace(point, rows_per_s=rate, latency_s=point.batch_size / rate)
+
+
+async def _round(trials: Trials, matrices: dict[str, Matrix], turn: int, windows: dict[str, list[float]]) -> None:
     names = list(matrices)
-    windows: dict[str, list[float]] = {way: [] for way in names}
-    for turn in range(rounds):
-        for step in range(len(names)):
-            way = names[(turn + step) % len(names)]
-            windows[way].append(await _rows_per_s(trials, matrices[way]))
-    return windows
+    for step in range(len(names)):
+        name = names[(turn + step) % len(names)]
+        windows[name].append(await _rows_per_s(trials, matrices[name]))
 
 
 async def _rows_per_s(trials: Trials, matrix: Matrix) -> float:
@@ -226,7 +278,8 @@ def _bars(axes: object, groups: Sequence[str], series: dict[str, list[float]], t
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.allocation", description=__doc__)
-    parser.add_argument("--ensembles", default="digits,cnn", help=f"of {', '.join(ENSEMBLES)} (default: %(default)s)")
+    names = ", ".join(ENSEMBLES)
+    parser.add_argument("--ensembles", default="digits,imagenet", help=f"of {names} (default: %(default)s)")
     parser.add_argument("--cpu-devices", type=int, default=2, help="to divide the CPU into (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="windows of each way (default: %(default)s)")
     parser.add_argument("--window-s", type=float, default=3.0, help="seconds of a window (default: %(default)s)")
@@ -238,7 +291,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     given.ensembles = given.ensembles.split(",")
     for name in given.ensembles:
         if name not in ENSEMBLES:
-            parser.error(f"{name!r} is not one of {', '.join(ENSEMBLES)}")
+            parser.error(f"{name!r} is not one of {names}")
     if given.rounds < 1 or given.cpu_devices < 1 or not given.window_s > 0:
         parser.error("--rounds and --cpu-devices must be at least 1, and --window-s above 0")
     if given.quick:

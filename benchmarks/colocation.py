@@ -6,8 +6,9 @@ slowest process, and those that are done leave it their cores. On CPU all proces
 process runs its members in turn, processes of one member run side by side; each with one thread, and with as many as
 there are cores. On a GPU the one process has a stream and a thread for each member.
 
-`python -m benchmarks.colocation` prints a table, the memory of each way included. The default device is one core, as
-`ensemble serve` divides a small machine.
+`python -m benchmarks.colocation` prints a table, the memory of each way included, and what it settles: whether a worker
+that runs all members of its device in one process loses anything by that. The default device is one core, as `ensemble
+serve` divides a small machine. Run it where nothing else runs: beside other load, more processes get more of the cores.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 8, 64)
 WINDOW_TIMEOUT_S = 300.0
+ONE, EACH = "one process", "a process each"
+# Medians that differ by less are the same.
+A_TIE = 0.05
 
 
 class Way(msgspec.Struct, frozen=True):
@@ -60,10 +64,10 @@ def ways(members: int, cores: int, device: str) -> list[Way]:
     """One process for all members, and a process for each; on CPU with one thread and with one for every core."""
     together, apart = (tuple(range(members)),), tuple((m,) for m in range(members))
     if device != "cpu":
-        return [Way("one process", together, 1), Way("a process each", apart, 1)]
+        return [Way(ONE, together, 1), Way(EACH, apart, 1)]
     return [
         Way(f"{name}, {threads} thread{'s' * (threads > 1)}", held, threads)
-        for name, held in (("one process", together), ("a process each", apart))
+        for name, held in ((ONE, together), (EACH, apart))
         for threads in sorted({1, cores})
     ]
 
@@ -163,6 +167,38 @@ def table(measured: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
+def verdict(measured: Sequence[Measured]) -> str:
+    """What the measurements settle: the better number of threads of one process against that of a process each."""
+    cells = dict.fromkeys((m.workload, m.batch) for m in measured)
+    ratios: dict[str, list[float]] = {"one at a time": [], "stream": []}
+    memory = []
+    for workload, batch in cells:
+        here = [m for m in measured if (m.workload, m.batch) == (workload, batch)]
+        one, each = ([m for m in here if m.way.startswith(name)] for name in (ONE, EACH))
+        for load, rates_of in (("one at a time", _one_at_a_time), ("stream", _stream)):
+            best_one, best_each = (max(statistics.median(rates_of(m)) for m in ways) for ways in (one, each))
+            ratios[load].append(best_one / best_each)
+        memory.append(min(m.memory_bytes for m in one) / min(m.memory_bytes for m in each))
+    spans = ", ".join(
+        f"{statistics.median(found):.2f} times the rows/s {load} ({min(found):.2f} to {max(found):.2f})"
+        for load, found in ratios.items()
+    )
+    worst = min(statistics.median(found) for found in ratios.values())
+    settled = "as fast or faster" if worst >= 1 - A_TIE else "SLOWER: a process each should be reconsidered"
+    return (
+        f"One process for all members against a process each: {spans}, in {statistics.median(memory):.2f} of the "
+        f"memory. One process is {settled}."
+    )
+
+
+def _one_at_a_time(one: Measured) -> tuple[float, ...]:
+    return one.one_at_a_time
+
+
+def _stream(one: Measured) -> tuple[float, ...]:
+    return one.stream
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print. 0, or 1 if a process failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.colocation", description=__doc__)
@@ -189,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     print(f"device {device}" + (f", {len(cores)} cores" if device == "cpu" else "") + "\n\n" + table(measured))
+    print("\n" + verdict(measured))
     return 0
 
 

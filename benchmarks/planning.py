@@ -1,6 +1,6 @@
 """What planning finds and costs, on the described clusters and as clusters grow; modelled, nothing runs on a device.
 
-    python benchmarks/planning.py [--quick] [--json FILE] [--plot FILE]
+    python -m benchmarks.planning [--quick] [--json FILE] [--plot FILE]
 
 Each described cluster under examples/planning is planned by worst-fit decreasing, by worst-fit with the batch sizes
 tuned, by the paper's greedy, by ours and by the mixed-integer program; the table has the rows/s that the throughput
@@ -145,7 +145,9 @@ def plot(costs: list[Cost], path: Path) -> None:
 
 def main() -> None:
     """Run, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.planning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="the first and last device count of each cluster only")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--plot", type=Path, help="also draw the growth of planning cost to this file")

@@ -2,7 +2,7 @@
 
 An operator with the setting `admin_url` at `http://HOST:PORT/{namespace}/{component}/{pod}` finds them here: a worker
 owns an idle GPU and has each instance of its plan ready at once; a gateway sees what these workers have. Nothing is
-measured here: ensembles must declare their profiles.
+measured here: ensembles must declare their profiles, and members are said to share a GPU perfectly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from aiohttp import web
 
 from ensemble_contract.orphan import die_with_parent
 from ensemble_contract.plan import GatewayPlan, WorkerPlan, decode_plan, source_of
-from ensemble_operator.fleet import DeviceReport, GatewayState, InstanceReport, MemberState, WorkerReport, WorkerState
+from ensemble_operator.fleet import (
+    ColocationResult,
+    DeviceReport,
+    GatewayState,
+    InstanceReport,
+    MemberState,
+    ProfileJob,
+    ProfileReport,
+    WorkerReport,
+    WorkerState,
+)
 
 DEVICE = DeviceReport(
     name="cuda-0",
@@ -38,6 +48,7 @@ class PretendFleet:
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
         self._workers: dict[PodKey, WorkerReport] = {}
+        self._profiles: dict[PodKey, ProfileReport] = {}
         self._gateways: dict[PodKey, GatewayPlan] = {}
 
     def application(self) -> web.Application:
@@ -49,6 +60,8 @@ class PretendFleet:
                 web.get(f"{worker}/device", self._counted(self._device)),
                 web.get(f"{worker}/plan", self._counted(self._worker_report)),
                 web.put(f"{worker}/plan", self._counted(self._take_worker_plan)),
+                web.get(f"{worker}/profile", self._counted(self._profile)),
+                web.put(f"{worker}/profile", self._counted(self._measure)),
                 web.get(f"{gateway}/state", self._counted(self._gateway_state)),
                 web.put(f"{gateway}/plan", self._counted(self._take_gateway_plan)),
                 web.get("/requests", self._request_counts),
@@ -85,6 +98,15 @@ class PretendFleet:
                 for i in plan.instances
             ),
         )
+        return web.Response(status=202)
+
+    async def _profile(self, request: web.Request) -> web.Response:
+        return _json(self._profiles.get(_pod(request), ProfileReport()))
+
+    async def _measure(self, request: web.Request) -> web.Response:
+        job = msgspec.json.decode(await request.read(), type=ProfileJob)
+        shared = ColocationResult(factor=1.0, finished=True) if job.colocation is not None else None
+        self._profiles[_pod(request)] = ProfileReport(job.id, "done", colocation=shared)
         return web.Response(status=202)
 
     async def _gateway_state(self, request: web.Request) -> web.Response:

@@ -2,7 +2,7 @@
 
 | file | source |
 | --- | --- |
-| values.yaml, docs/chart-values.md | values.schema.json: types, defaults and descriptions |
+| values.yaml, README.md, docs/chart-values.md | values.schema.json: types, defaults and descriptions |
 | crds/, files/immutable.yaml, docs/reference.md | the declaration of the resource |
 | files/rules.yaml | the rules of the operator's role |
 | files/dashboard.json | `charts.dashboard` |
@@ -23,7 +23,7 @@ import yaml
 from charts.dashboard import dashboard
 from charts.reference import reference
 from charts.tiny import tiny_network
-from charts.values import values_table, values_yaml
+from charts.values import HEAD, README_HEAD, values_table, values_yaml
 
 from ensemble_operator import crd
 from ensemble_operator.control import rbac
@@ -38,7 +38,8 @@ def generated() -> Iterator[tuple[Path, bytes]]:
     schema = json.loads((CHART / "values.schema.json").read_text())
     definition = crd.definition()
     yield CHART / "values.yaml", f"# {BY} The source is values.schema.json.\n{values_yaml(schema)}".encode()
-    yield ROOT / "docs/chart-values.md", values_table(schema, BY).encode()
+    yield CHART / "README.md", values_table(schema, README_HEAD, BY).encode()
+    yield ROOT / "docs/chart-values.md", values_table(schema, HEAD, BY).encode()
     yield ROOT / "docs/reference.md", reference(definition, BY).encode()
     yield CHART / "crds/ensemble-operator.io_inferenceensembles.yaml", crd.render(definition).encode()
     yield CHART / "files/immutable.yaml", _yaml(crd.policy()[0]["spec"])

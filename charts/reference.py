@@ -11,7 +11,12 @@ HEAD = """# The resource InferenceEnsemble
 
 <!-- {by} -->
 
-`ensemble-operator.io/v1alpha1`, namespaced, short name `ie`. In a cluster: `kubectl explain ie.spec --recursive`.
+`ensemble-operator.io/v1alpha1`, namespaced, short name `ie`. The same in a cluster:
+
+```console
+$ kubectl explain ie.spec --recursive
+```
+
 A field ending in `[]` is one item of a list; *required* means required where its parent is there.
 """
 TABLE = "\n| field | type | default | what it is |\n| --- | --- | --- | --- |\n"

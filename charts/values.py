@@ -1,4 +1,4 @@
-"""The chart's values from their schema: values.yaml, and the table of docs/chart-values.md. Pure."""
+"""The chart's values from their schema: values.yaml, the chart's README.md and docs/chart-values.md. Pure."""
 
 from __future__ import annotations
 
@@ -14,8 +14,26 @@ Schema = Mapping[str, Any]
 HEAD = """# Values of the chart
 
 <!-- {by} -->
+"""
+README_HEAD = """# Ensemble Operator
 
-What `helm install --set KEY=VALUE` or a file given with `--values` may set. A key that is not listed here is refused.
+<!-- {by} -->
+
+Serves ensembles of deep neural networks as one model: apply an `InferenceEnsemble`, and its members answer behind one
+URL.
+
+```console
+$ helm install ensembles charts/ensemble-operator --namespace ensembles --create-namespace \\
+    --set images.registry=REGISTRY --wait
+$ helm test ensembles --namespace ensembles
+```
+
+How the images are built, and how a release is upgraded and removed: `docs/install.md` in the repository.
+
+## Values
+"""
+TABLE_HEAD = """
+What `helm install --set` or a file given with `--values` may set. A key that is not listed here is refused.
 
 | key | default | what it is |
 | --- | --- | --- |
@@ -70,8 +88,8 @@ def values_yaml(schema: Schema) -> str:
     return "\n".join(lines) + "\n"
 
 
-def values_table(schema: Schema, by: str) -> str:
-    """docs/chart-values.md: a row for each key that has a default."""
+def values_table(schema: Schema, head: str, by: str) -> str:
+    """A document below `head`: a row for each key that has a default."""
     rows = []
     groups: dict[tuple[str, ...], str] = {}
     for value in values(schema):
@@ -80,7 +98,7 @@ def values_table(schema: Schema, by: str) -> str:
             continue
         said = " ".join(filter(None, (groups.get(value.path[:-1], ""), value.description)))
         rows.append(f"| `{'.'.join(value.path)}` | `{_flow(value.default)}` | {said.replace('|', chr(92) + '|')} |")
-    return HEAD.format(by=by) + "\n".join(rows) + "\n"
+    return head.format(by=by) + TABLE_HEAD + "\n".join(rows) + "\n"
 
 
 def _flow(value: Any) -> str:

@@ -13,7 +13,8 @@ from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.errors import EnsembleError
 from ensemble_operator.profiles.measurements import Point, Signature
 
-TIMEOUT_S = 2.0
+# A worker that loads a model may hold its interpreter for seconds.
+TIMEOUT_S = 5.0
 # A plan may have 900 kB.
 PUT_TIMEOUT_S = 10.0
 MAX_AT_ONCE = 64
@@ -52,13 +53,17 @@ class WorkerReport(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class DeviceReport(msgspec.Struct, frozen=True, rename="camel"):
-    """The device that a worker owns; kind `none` where it sees none, and then `error` has the remedy."""
+    """The device that a worker owns; kind `none` where it sees none, and then `error` has the remedy.
+
+    `libraries` run models there, with their versions; empty where a worker does not say.
+    """
 
     name: str
     kind: str
     device_class: str
     capacity_bytes: int
     overhead_bytes: int = 0
+    libraries: str = ""
     error: str | None = None
 
 
@@ -72,11 +77,28 @@ class ProfileTask(msgspec.Struct, frozen=True, rename="camel"):
     budget_s: float
 
 
-class ProfileJob(msgspec.Struct, frozen=True):
-    """What a worker shall measure, in this order. The same job twice is one."""
+class SharedMember(msgspec.Struct, frozen=True, rename="camel"):
+    """A member to run beside others, and its batch size there."""
+
+    source: ModelSource
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batch_size: int
+
+
+class ColocationTask(msgspec.Struct, frozen=True, rename="camel"):
+    """Members to run on the device alone and together, for so long once they are loaded."""
+
+    members: tuple[SharedMember, ...]
+    budget_s: float
+
+
+class ProfileJob(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a worker shall measure, in this order, `colocation` last. The same job twice is one."""
 
     id: str
     tasks: tuple[ProfileTask, ...]
+    colocation: ColocationTask | None = None
 
 
 class ProfileResult(msgspec.Struct, frozen=True, rename="camel"):
@@ -91,12 +113,24 @@ class ProfileResult(msgspec.Struct, frozen=True, rename="camel"):
     finished: bool = False
 
 
+class ColocationResult(msgspec.Struct, frozen=True, rename="camel"):
+    """The co-location factor of the worker's device; None while it is not known."""
+
+    factor: float | None = None
+    error: str | None = None
+    finished: bool = False
+
+
 class ProfileReport(msgspec.Struct, frozen=True, rename="camel"):
-    """A worker's measuring: `state` is idle, running or done; `results` of the job named by `id`."""
+    """A worker's measuring: `state` is idle, running or done; `results` of the job named by `id`.
+
+    `colocation` is None where the job has none, or the worker is too old to know of it.
+    """
 
     id: str | None = None
     state: str = "idle"
     results: tuple[ProfileResult, ...] = ()
+    colocation: ColocationResult | None = None
 
 
 class MemberState(msgspec.Struct, frozen=True, rename="camel"):
@@ -132,7 +166,6 @@ class GatewayState(msgspec.Struct, frozen=True, rename="camel"):
     workers: tuple[WorkerState, ...] = ()
     rows: int = 0
     requests: int = 0
-    request_seconds: float = 0.0
     duration_bounds_s: tuple[float, ...] = ()
     duration_counts: tuple[int, ...] = ()
     failures: dict[str, int] = {}

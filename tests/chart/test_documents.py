@@ -1,10 +1,11 @@
-"""What the documents say of the cluster is so: values, conditions and reasons, alerts, manifests."""
+"""What the documents say of the cluster is so: values, conditions and reasons, alerts, manifests, commands."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from charts.values import values
 
 from ensemble_operator.api import parse
 from ensemble_operator.control import conditions, status
+from tests.chart.commands import ELSEWHERE, JOURNEY, LEFT_OUT, blocks, inline
 
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
 CONTROL = ROOT / "operator/ensemble_operator/control"
@@ -79,3 +81,35 @@ def test_the_first_ensemble_is_valid() -> None:
         for container in document["spec"]["template"]["spec"]["containers"]
     ]
     assert images == [f"localhost/gateway:{version}"]
+
+
+def test_every_command_is_run() -> None:
+    """By the journey of tests/cluster/test_documents.py, or by the test that is named."""
+    sections = [(block.document, block.section) for document in DOCUMENTS for block in blocks(document)]
+    assert set(JOURNEY) <= set(sections)
+    known = (*LEFT_OUT, *ELSEWHERE)
+    for block in (block for document in DOCUMENTS for block in blocks(document)):
+        if (block.document, block.section) not in JOURNEY:
+            alone = [command for command in block.commands if not command.startswith(known)]
+            assert not alone, f"{block.document}: no test runs {alone}: see tests/chart/commands.py"
+
+
+def test_what_no_test_runs_is_still_there() -> None:
+    written = [command for document in DOCUMENTS for block in blocks(document) for command in block.commands]
+    for beginning in LEFT_OUT:
+        assert any(command.startswith(beginning) for command in written), beginning
+    for test in ELSEWHERE.values():
+        assert (ROOT / test).is_file(), test
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_a_command_to_type_is_in_a_block(document: Path) -> None:
+    assert not list(inline(document)), "what no test would run"
+
+
+def test_what_docker_is_told_to_build_is_in_the_dockerfile() -> None:
+    written = (ROOT / "Dockerfile").read_text()
+    stages, arguments = (set(re.findall(p, written, re.MULTILINE)) for p in (r"^FROM .* AS (\S+)$", r"^ARG (\w+)"))
+    text = (ROOT / "docs/install.md").read_text()
+    assert {"operator", "gateway", "worker"} <= stages
+    assert set(re.findall(r"--build-arg (\w+)=", text)) <= arguments

@@ -63,13 +63,28 @@ class Cluster:
         """Apply one manifest, and have its way where another manager (`kubectl scale`) has set a field."""
         self.kubectl("apply", "--server-side", "--force-conflicts", "-n", namespace, "-f", "-", content=manifest)
 
-    def run_pod(self, namespace: str, target: str, *command: str, files: str = "", timeout_s: float = 60) -> str:
+    def feed(self, namespace: str, name: str, script: str, source: Path | None = None, timeout_s: float = 120) -> None:
+        """Run a shell script in a running pod, with a file of this machine as its input; its failure is the test's."""
+        command = ("kubectl", "exec", "-i", name, "-n", namespace, "--", "sh", "-c", script)
+        with (source or Path(os.devnull)).open("rb") as file:
+            done = subprocess.run(command, stdin=file, capture_output=True, text=True, timeout=timeout_s, check=False)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+
+    def run_pod(
+        self, namespace: str, target: str, *command: str, files: str = "", claim: str = "", timeout_s: float = 120
+    ) -> str:
         """Run a command in a pod of one of our images, restricted as ours are; what it printed.
 
-        `files` is a ConfigMap to mount at /files. A command that fails is the test's failure.
+        `files` is a ConfigMap to mount at /files, `claim` a claim to mount at /claim. A command that fails is the
+        test's failure.
         """
         name = f"run-{secrets.token_hex(4)}"
-        self.apply(pod(name, self.image(target), command, files), namespace)
+        return self.run(namespace, pod(name, self.image(target), command, files, claim), timeout_s)
+
+    def run(self, namespace: str, manifest: Manifest, timeout_s: float = 120) -> str:
+        """Run a pod to its end, and remove it; what it printed. One that fails is the test's failure."""
+        name = str(manifest["metadata"]["name"])
+        self.apply(manifest, namespace)
         try:
             phase = until(lambda: self._ended(name, namespace), timeout_s, f"pod {name}")
             output = self.kubectl("logs", name, "-n", namespace)
@@ -104,7 +119,7 @@ def until(
         time.sleep(0.5)
 
 
-def pod(name: str, image: str, command: tuple[str, ...], files: str = "") -> Manifest:
+def pod(name: str, image: str, command: tuple[str, ...], files: str = "", claim: str = "") -> Manifest:
     """A pod that runs one command once, as the Pod Security Standard `restricted` wants it."""
     container: Manifest = {
         "name": "main",
@@ -123,6 +138,9 @@ def pod(name: str, image: str, command: tuple[str, ...], files: str = "") -> Man
     if files:
         container["volumeMounts"].append({"name": "files", "mountPath": "/files"})
         volumes.append({"name": "files", "configMap": {"name": files}})
+    if claim:
+        container["volumeMounts"].append({"name": "claim", "mountPath": "/claim", "readOnly": True})
+        volumes.append({"name": "claim", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
     spec = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,

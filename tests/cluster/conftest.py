@@ -4,11 +4,31 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.cluster.cluster import CHART, RESTRICTED, Cluster
+
+RECORD = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RECORD] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What tests that passed have to tell too: times, and what became of requests."""
+    if config.stash[RECORD]:
+        terminalreporter.section("for the record")
+        for line in config.stash[RECORD]:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Takes a line that is printed at the end of the run."""
+    return request.config.stash[RECORD].append
 
 
 @pytest.fixture(scope="session")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
-import secrets
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from charts.tiny import WIDTH, tiny_network
 
 from tests.cluster.cluster import ROOT, Cluster, Manifest, pod, until
+from tests.cluster.nodes import claim_of_files
 
 API = "ensemble-operator.io/v1alpha1"
-SETTLE_S = 120.0
-NODE_FOLDER = "/var/tmp"
+SETTLE_S = 180.0
 HARMS = ("unconnected", "lost", "failed", "wrong")
 
 
@@ -37,6 +38,10 @@ class Ensemble:
     def settled(self, devices: int, timeout_s: float = SETTLE_S) -> None:
         """Wait until the operator has nothing left to do for it and holds so many devices."""
         until(lambda: self._is_settled(devices), timeout_s, f"{self.name} with {devices} devices", self.explanation)
+
+    def asked_for(self) -> int:
+        """The devices that it shall have."""
+        return int(self._get()["spec"]["devices"]["count"])
 
     def status(self) -> Any:
         """What the operator reports; empty before it has looked."""
@@ -122,7 +127,7 @@ class Client:
     def goes_on(self, answers: int = 100) -> Asked:
         """What became of the requests from now until so many more are answered."""
         then = self.asked()
-        return until(lambda: self._since(then, answers), 60, f"{answers} more answers", self.asked)
+        return until(lambda: self._since(then, answers), 180, f"{answers} more answers", self.asked)
 
     def _since(self, then: Asked, answers: int) -> Asked | None:
         found = self.asked().since(then)
@@ -139,7 +144,7 @@ def start_client(ensemble: Ensemble, node: str) -> Client:
     client = pod(name, cluster.image("gateway"), command, name)
     client["spec"]["nodeName"] = node
     cluster.apply(client, namespace)
-    cluster.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "-n", namespace, "--timeout=60s", timeout_s=90)
+    cluster.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "-n", namespace, "--timeout=120s", timeout_s=150)
     found = Client(cluster, namespace, name)
     until(lambda: cluster.kubectl("logs", name, "-n", namespace), 30, "its first line")
     return found
@@ -155,54 +160,18 @@ def serve_models(cluster: Cluster, namespace: str, factors: Mapping[str, float],
     cluster.apply(server, namespace)
     spec = {"selector": {"app": "models"}, "ports": [{"port": 8080}]}
     cluster.apply({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "models"}, "spec": spec}, namespace)
-    cluster.kubectl("wait", "--for=condition=Ready", "pod/models", "-n", namespace, "--timeout=60s", timeout_s=90)
+    cluster.kubectl("wait", "--for=condition=Ready", "pod/models", "-n", namespace, "--timeout=120s", timeout_s=150)
 
 
 @contextmanager
 def claim_of_models(cluster: Cluster, namespace: str, claim: str, factors: Mapping[str, float]) -> Iterator[None]:
     """The networks as pvc://CLAIM/NAME.onnx, from a folder of the same path and content on every node."""
-    unique = f"{claim}-{secrets.token_hex(4)}"
-    folder = f"/folder/{unique}"
-    kind = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": unique}}
-    cluster.kubectl("apply", "-f", "-", content=kind)
-    size = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
-    volume = {
-        **size,
-        "capacity": {"storage": "1Mi"},
-        "hostPath": {"path": f"{NODE_FOLDER}/{unique}"},
-        "claimRef": {"namespace": namespace, "name": claim},
-    }
-    request = {**size, "volumeName": unique, "resources": {"requests": {"storage": "1Mi"}}}
-    try:
-        cluster.apply(_model_files(factors), unique)
-        _on_every_node(cluster, unique, f"mkdir -p {folder} && cp /files/* {folder} && chmod -R a+rX {folder}")
-        persistent = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": unique}, "spec": volume}
-        cluster.kubectl("apply", "-f", "-", content=persistent)
-        wanted = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": claim}, "spec": request}
-        cluster.apply(wanted, namespace)
-        yield
-    finally:
-        # Nodes may share a disk: then another one's pod may be the first to remove the folder.
-        _on_every_node(cluster, unique, f"rm -f {folder}/*; rmdir {folder} || test ! -e {folder}")
-        cluster.kubectl("delete", "persistentvolume", unique, "--wait=false", "--ignore-not-found")
-        cluster.kubectl("delete", "namespace", unique, "--wait=false")
-
-
-def _on_every_node(cluster: Cluster, namespace: str, script: str) -> None:
-    """Run a shell script as root on each node, with the model files at /files and NODE_FOLDER at /folder."""
-    names = []
-    for node in cluster.get("nodes")["items"]:
-        name = f"run-{secrets.token_hex(4)}"
-        manifest = pod(name, cluster.image("gateway"), ("sh", "-c", script), "models")
-        manifest["spec"]["nodeName"] = node["metadata"]["name"]
-        manifest["spec"]["securityContext"] = {"runAsUser": 0}
-        manifest["spec"]["containers"][0]["volumeMounts"].append({"name": "folder", "mountPath": "/folder"})
-        host: Manifest = {"path": NODE_FOLDER, "type": "DirectoryOrCreate"}
-        manifest["spec"]["volumes"].append({"name": "folder", "hostPath": host})
-        cluster.apply(manifest, namespace)
-        names.append(f"pod/{name}")
-    done = ("--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
-    cluster.kubectl("wait", *names, *done, "-n", namespace, timeout_s=90)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {f"{name}.onnx": Path(folder, name) for name in factors}
+        for name, factor in factors.items():
+            Path(folder, name).write_bytes(tiny_network(factor))
+        with claim_of_files(cluster, namespace, claim, files):
+            yield
 
 
 def _model_files(factors: Mapping[str, float]) -> Manifest:

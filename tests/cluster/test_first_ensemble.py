@@ -19,15 +19,26 @@ from tests.cluster.serving import Ensemble, serve_models
 
 NAME = "numbers"
 FACTORS = {"two": 2.0, "four": 4.0}
-READY_S = 120
+READY_S = 180
+# The third argument: for how many seconds a 503 is no answer yet.
 ASK = """
-import json, sys, urllib.request
+import json, sys, time, urllib.error, urllib.request
 tensor = {"name": "numbers", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}
-url, name = sys.argv[1:]
+url, name, patience_s = sys.argv[1:]
 request = urllib.request.Request(f"{url}/v2/models/{name}/infer", json.dumps({"inputs": [tensor]}).encode(),
                                  {"Content-Type": "application/json"})
-print(urllib.request.urlopen(request, timeout=10).read().decode())
+deadline = time.monotonic() + float(patience_s)
+while True:
+    try:
+        print(urllib.request.urlopen(request, timeout=30).read().decode())
+        break
+    except urllib.error.HTTPError as error:
+        if error.code != 503 or time.monotonic() > deadline:
+            raise
+        time.sleep(0.5)
 """
+
+pytestmark = pytest.mark.timeout(400)
 
 
 def spec() -> Manifest:
@@ -70,9 +81,10 @@ def wait_ready(ensemble: Ensemble) -> None:
     until(is_ready, READY_S, "Ready", ensemble.explanation)
 
 
-def answer(cluster: Cluster, namespace: str) -> list[float]:
+def answer(cluster: Cluster, namespace: str, patience_s: float = 0) -> list[float]:
     """What the ensemble's Service answers to 1, 2, 3, 4, asked from a pod."""
-    printed = cluster.run_pod(namespace, "gateway", "python", "-c", ASK, f"http://{NAME}:8000", NAME)
+    command = ("python", "-c", ASK, f"http://{NAME}:8000", NAME, str(patience_s))
+    printed = cluster.run_pod(namespace, "gateway", *command)
     numbers: list[float] = json.loads(printed)["outputs"][0]["data"]
     return numbers
 
@@ -117,6 +129,28 @@ def test_kubectl_shows_what_a_person_needs(cluster: Cluster, namespace: str, rea
     assert url == f"http://{NAME}.{namespace}.svc:8000"
 
 
+def test_kubectl_describe_tells_conditions_and_events(cluster: Cluster, namespace: str, ready: float) -> None:
+    said, _, events = cluster.kubectl("describe", "ie", NAME, "-n", namespace).partition("Events:")
+    for condition in ("Accepted", "DevicesAcquired", "Profiled", "Planned", "Ready", "Degraded"):
+        assert re.search(rf"^ +Type: +{condition}$", said, re.MULTILINE), said
+    assert f"all 2 members that are served answer at http://{NAME}.{namespace}.svc:8000" in said
+    assert re.search(r"Normal +Ready ", events), events
+
+
+def test_kubectl_wait_waits_for_conditions_and_devices(cluster: Cluster, namespace: str, ready: float) -> None:
+    for condition in ("condition=Ready", "condition=Planned", "jsonpath={.status.devices.summary}=1/1"):
+        said = cluster.kubectl("wait", f"ie/{NAME}", f"--for={condition}", "--timeout=30s", "-n", namespace)
+        assert "condition met" in said
+
+
+@pytest.mark.parametrize("path", ["", ".spec", ".spec.members", ".spec.members.model", ".spec.devices", ".status"])
+def test_kubectl_explain_describes_every_field(cluster: Cluster, system: str, path: str) -> None:
+    said = cluster.kubectl("explain", f"inferenceensembles{path}")
+    assert "FIELDS:" in said
+    assert "<no description>" not in said
+    assert "<empty>" not in said
+
+
 def test_no_pod_of_it_has_a_token(ensemble: Ensemble, ready: float) -> None:
     pods = ensemble.pods().values()
     assert {p["metadata"]["labels"]["app.kubernetes.io/component"] for p in pods} == {"worker", "gateway"}
@@ -146,9 +180,10 @@ def test_a_deleted_worker_returns(cluster: Cluster, namespace: str, ensemble: En
         found = ensemble.pods().get(worker)
         return found is not None and found["metadata"]["uid"] != before
 
-    until(is_back, 60, "a new worker")
+    until(is_back, 120, "a new worker", ensemble.explanation)
+    # It was the only one: until it serves, the answer is 503.
+    assert answer(cluster, namespace, 60) == [3, 6, 9, 12]
     wait_ready(ensemble)
-    assert answer(cluster, namespace) == [3, 6, 9, 12]
 
 
 def test_helm_test_serves_an_ensemble_of_its_own(cluster: Cluster, system: str) -> None:
@@ -162,7 +197,7 @@ def test_serving_goes_on_without_the_operator(cluster: Cluster, system: str, nam
     assert cluster.get("ie", NAME, "-n", namespace)["spec"]["members"]
     assert answer(cluster, namespace) == [3, 6, 9, 12]
     cluster.kubectl("delete", "ie", NAME, "-n", namespace)
-    until(lambda: not children(cluster, namespace), 60, "its children are gone", lambda: children(cluster, namespace))
+    until(lambda: not children(cluster, namespace), 120, "its children are gone", lambda: children(cluster, namespace))
 
 
 def children(cluster: Cluster, namespace: str) -> list[str]:

@@ -36,6 +36,8 @@ print(json.dumps({
 }))
 """
 
+pytestmark = pytest.mark.timeout(200)
+
 
 @pytest.mark.parametrize("target", OWN)
 def test_an_image_holds_what_its_process_needs_and_no_more(cluster: Cluster, namespace: str, target: str) -> None:

@@ -24,6 +24,8 @@ for url in sys.argv[2:]:
 """
 PATHS = {"worker": ("plan", "device", "profile"), "gateway": ("plan", "state")}
 
+pytestmark = pytest.mark.timeout(300)
+
 
 @pytest.fixture(scope="module")
 def ensemble(cluster: Cluster, system: str, namespace: str) -> Iterator[Ensemble]:

@@ -29,7 +29,10 @@ from tests.support.serving import Served, serving
 INPUTS = 8
 # By file: seed and width.
 MODELS = {"a": (1, 16), "b": (2, 32), "c": (3, 24), "b2": (5, 32)}
-APPLY_S = 60.0
+APPLY_S = 120.0
+
+
+pytestmark = pytest.mark.timeout(400)
 
 
 @dataclass(frozen=True)

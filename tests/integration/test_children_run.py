@@ -30,6 +30,9 @@ DOUBLED = [2.0 * value for value in ROW]
 TRIPLED = [3.0 * value for value in ROW]
 
 
+pytestmark = pytest.mark.timeout(400)
+
+
 @pytest.fixture
 async def kube(control_plane: ControlPlane) -> AsyncIterator[KubeClient]:
     control_plane.start_controllers()

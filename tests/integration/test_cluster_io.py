@@ -31,6 +31,8 @@ from tests.support.connected import config_map, connected
 from tests.support.control_plane import ControlPlane
 from tests.support.tiny_operator import make_ensemble
 
+pytestmark = pytest.mark.timeout(300)
+
 
 @pytest.fixture
 async def cluster(control_plane: ControlPlane) -> AsyncIterator[Cluster]:
@@ -130,10 +132,20 @@ async def test_nothing_is_changed_without_leave(cluster: Cluster, namespace: str
 async def test_a_namespace_that_is_going_is_named_as_such(
     cluster: Cluster, control_plane: ControlPlane, namespace: str
 ) -> None:
-    """Nobody finalizes namespaces here: it stays Terminating."""
-    control_plane.ask("DELETE", f"/api/v1/namespaces/{namespace}")
-    with pytest.raises(NamespaceTerminating, match="being terminated"):
-        await cluster.create(config_map(namespace, "c"))
+    """A finalizer keeps it Terminating."""
+    path = f"/api/v1/namespaces/{namespace}"
+
+    def finalize(*names: str) -> None:
+        patch = {"metadata": {"finalizers": list(names)}}
+        control_plane.ask("PATCH", path, patch, "application/merge-patch+json")
+
+    finalize("tests.example.com/keep")
+    control_plane.ask("DELETE", path)
+    try:
+        with pytest.raises(NamespaceTerminating, match="being terminated"):
+            await cluster.create(config_map(namespace, "c"))
+    finally:
+        finalize()
 
 
 async def test_a_missing_rule_is_named(control_plane: ControlPlane, namespace: str) -> None:

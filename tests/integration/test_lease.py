@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ensemble_operator.control.kinds import LEASE, Manifest
-from ensemble_operator.control.lease import EXIT_LOST
+from ensemble_operator.control.lease import EXIT_LOST, Terms
 from tests.support.control_plane import ControlPlane, Refused
 from tests.support.tiny_operator import TinyOperator, make_ensemble, tiny_operator, until
+
+END_S = 60.0
+
+pytestmark = pytest.mark.timeout(300)
 
 
 class Pair:
@@ -36,12 +39,11 @@ class Pair:
         except Refused:
             return ""
 
-    def handover_s(self) -> float:
-        """How long until the standby has planned an ensemble that is made now."""
-        began = time.monotonic()
+    def wait_until_acts(self, who: str) -> None:
+        """Wait until this one has planned an ensemble that is made now."""
         make_ensemble(self.plane, self.namespace, "afterwards", "a")
-        until(lambda: self.planned_by("afterwards") == "second", "the standby to act", 30)
-        return time.monotonic() - began
+        until(lambda: self.planned_by("afterwards") != "", "somebody to act")
+        assert self.planned_by("afterwards") == who
 
 
 @pytest.fixture
@@ -68,37 +70,44 @@ def test_a_standby_is_healthy_and_does_nothing(pair: Pair) -> None:
 
 
 def test_asked_to_stop_it_gives_the_lease_up_at_once(pair: Pair) -> None:
-    began = time.monotonic()
     assert pair.leader.end() == 0
-    pair.standby.wait_said("second leads", 10)
-    assert time.monotonic() - began < 5
-    assert pair.handover_s() < 5
+    assert pair.holder() in ("", "second")
+    pair.standby.wait_said("second leads")
+    pair.wait_until_acts("second")
     assert pair.lease()["leaseTransitions"] == 1
 
 
-def test_killed_it_is_replaced_within_20_s(pair: Pair) -> None:
-    began = time.monotonic()
+def test_killed_it_is_replaced_when_its_lease_ends(pair: Pair) -> None:
+    """Within 20 s, which its terms say; this machine may have more to do."""
+    assert Terms().duration_s + 2 * Terms().retry_s < 20
     pair.leader.end(signal.SIGKILL)
-    pair.handover_s()
-    assert time.monotonic() - began < 20
+    assert pair.holder() == "first"
+    pair.wait_until_acts("second")
 
 
 def test_a_container_that_crashed_leads_again_at_once(pair: Pair, tmp_path: Path) -> None:
     """The same pod again has the same identity: nobody waits for its former self."""
+    # A start may take longer than the lease lasts: the other one must not come first.
+    pair.standby.process.send_signal(signal.SIGSTOP)
     pair.leader.end(signal.SIGKILL)
     settings = {"NAMESPACE": pair.namespace, "POD_NAMESPACE": pair.namespace}
-    with tiny_operator(pair.plane.kubeconfig, tmp_path / "..", "first", **settings) as again:
-        again.wait_said("first leads", 10)
+    folder = tmp_path / "again"
+    folder.mkdir()
+    with tiny_operator(pair.plane.kubeconfig, folder, "first", **settings) as again:
+        again.wait_said("first leads")
+        pair.standby.process.send_signal(signal.SIGCONT)
+        until(lambda: pair.standby.ask("/healthz")[0] == 200, "the standby to go on")
         assert not pair.standby.said("leads")
+        assert pair.lease()["leaseTransitions"] == 0
         assert again.end() == 0
 
 
 def test_one_that_was_frozen_ends_when_another_has_taken_over(pair: Pair) -> None:
     pair.leader.process.send_signal(signal.SIGSTOP)
-    pair.standby.wait_said("second leads", 25)
+    pair.standby.wait_said("second leads")
     make_ensemble(pair.plane, pair.namespace, "e", "a", "b")
     pair.leader.process.send_signal(signal.SIGCONT)
-    assert pair.leader.process.wait(10) == EXIT_LOST
+    assert pair.leader.process.wait(END_S) == EXIT_LOST
     assert pair.leader.said("leadership is lost")
     until(lambda: pair.planned_by("e") == "second", "the new leader to act")
     assert pair.holder() == "second"
@@ -107,15 +116,19 @@ def test_one_that_was_frozen_ends_when_another_has_taken_over(pair: Pair) -> Non
 def test_a_lease_taken_by_hand_ends_the_leader(pair: Pair) -> None:
     path = LEASE.path(pair.namespace, "ensemble-operator")
     pair.plane.ask("PATCH", path, {"spec": {"holderIdentity": "somebody"}}, "application/merge-patch+json")
-    assert pair.leader.process.wait(10) == EXIT_LOST
+    assert pair.leader.process.wait(END_S) == EXIT_LOST
 
 
 def test_a_lease_deleted_by_hand_is_made_again_and_one_leads(pair: Pair) -> None:
     """Whoever comes first makes it; the leader goes on, or ends because it was not the first."""
     pair.plane.ask("DELETE", LEASE.path(pair.namespace, "ensemble-operator"))
-    until(lambda: LEASE.name in str(leases(pair)), "the lease to return", 15)
-    time.sleep(4)
-    assert [pair.standby.said("second leads"), pair.leader.process.poll() is None].count(True) == 1
+    until(lambda: LEASE.name in str(leases(pair)), "the lease to return")
+    if pair.holder() == "second":
+        pair.standby.wait_said("second leads")
+        assert pair.leader.process.wait(END_S) == EXIT_LOST
+    else:
+        pair.wait_until_acts("first")
+        assert not pair.standby.said("leads")
 
 
 def leases(pair: Pair) -> Manifest:

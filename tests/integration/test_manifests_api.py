@@ -127,7 +127,9 @@ async def test_controllers_make_the_pods_and_children_go_with_their_owner(
         pod = await admin.wait_for("Pod", namespace, name, lambda p: p is not None)
         assert pod is not None
         assert pod["spec"]["hostname"] == name
-    assert len(await admin.list("Pod", namespace, labelSelector=selected)) == 6
+    async with asyncio.timeout(60):
+        while len(await admin.list("Pod", namespace, labelSelector=selected)) != 6:
+            await asyncio.sleep(0.1)
     await admin.delete("InferenceEnsemble", namespace, "pools")
     for kind, name in (("StatefulSet", "pools-worker"), ("Secret", "pools-gateway"), ("ConfigMap", "pools-plan")):
         await admin.wait_for(kind, namespace, name, lambda found: found is None, 60)

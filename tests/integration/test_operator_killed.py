@@ -33,9 +33,9 @@ CHILDREN = {
     ("StatefulSet", "tiny-worker"),
     ("Deployment", "tiny-gateway"),
 }
-STAGE_S = 45.0
+STAGE_S = 90.0
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(500)
 
 
 @pytest.fixture

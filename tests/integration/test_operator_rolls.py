@@ -17,6 +17,8 @@ from tests.support.steady_asking import asking
 
 ROW = [0.5] * 64
 
+pytestmark = pytest.mark.timeout(400)
+
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
@@ -49,7 +51,7 @@ async def test_an_upgrade_restarts_nothing_and_a_changed_template_each_worker_in
         async with asking(world, "tiny", ROW) as answers:
             await world.apply(changed)
             least = 2
-            async with asyncio.timeout(90):
+            async with asyncio.timeout(180):
                 while set(workers(world).values()) & set(before.values()) or least_ready(world) < 2:
                     least = min(least, least_ready(world))
                     await asyncio.sleep(0.05)
@@ -76,7 +78,7 @@ async def test_without_room_a_worker_is_replaced_only_while_requests_may_wait(
         assert workers(world) == before
 
         await world.apply({**tiny, "spec": {**changed, "rollout": "Pause"}})
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while set(workers(world).values()) & set(before.values()) or not workers(world):
                 await asyncio.sleep(0.05)
         # Asked in the middle of it, a request waits for its answer.

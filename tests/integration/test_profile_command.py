@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,9 @@ import yaml
 
 from tests.support.models import export_mlp
 
+# A machine that does other things besides measures for minutes.
+pytestmark = pytest.mark.timeout(900)
+DEADLINE_S = 280.0
 MEMBERS = {"small": (1, 16), "large": (3, 64)}
 
 
@@ -39,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ensemble(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ensemble_operator", *arguments, "--cache-dir", str(folder / "cache")]
     environment = {**os.environ, "ENSEMBLE_DEVICE": "cpu"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment, check=False)
 
 
 def profile(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -69,9 +71,11 @@ class TestProfiled:
             assert point["rowsPerS"] == pytest.approx(size / point["latencyS"], rel=0.01)
 
     def test_a_second_run_is_quick_and_says_the_same(self, measured: dict[str, Any], folder: Path) -> None:
-        before = time.monotonic()
+        before = os.times()
         done = profile(folder, "-o", "yaml")
-        assert time.monotonic() - before < 3
+        after = os.times()
+        # Its own time: a clock on the wall would tell of what else this machine does.
+        assert sum(after[2:4]) - sum(before[2:4]) < 3
         assert "measuring" not in done.stderr
         assert yaml.safe_load(done.stdout)["profiles"] == measured["profiles"]
 

@@ -23,13 +23,15 @@ from torch import nn
 from ensemble_worker.profiler import Measurement, _is_worthwhile
 from tests.support import models
 
-DEADLINE_S = 30.0
+# A machine that does other things besides loads torch for minutes.
+pytestmark = pytest.mark.timeout(600)
+DEADLINE_S = 150.0
 
 
 def _measure(*arguments: str, spec: Any = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ensemble_worker", "measure", *arguments]
     text = None if spec is None else json.dumps(spec)
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=90)
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=DEADLINE_S)
 
 
 def _measured(size: int, rows_per_s: float) -> Measurement:
@@ -185,7 +187,7 @@ PARENT = """
 import os, subprocess, sys, time
 command = [sys.executable, "-m", "ensemble_worker", "measure", *sys.argv[1:], "--parent-pid", str(os.getpid())]
 print(subprocess.Popen(command).pid, flush=True)
-time.sleep(60)
+time.sleep(400)
 """
 
 

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
+from ensemble_contract.libraries import libraries_text
 from tests.support.control_plane import ControlPlane
+from tests.support.kube_client import Manifest
 from tests.support.mlp_answers import check_answer
 from tests.support.models import export_mlp
-from tests.support.operating import member, operating, resource
+from tests.support.operating import READY_S, Operating, member, operating, resource
+
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture
@@ -55,7 +59,7 @@ async def test_profiles_given_and_changes_of_weights_members_and_devices(
         await world.apply(resource("tiny", [a, c], combine=rule))
         await world.until("tiny", lambda s: s["replicas"] == 2 and s["devices"]["summary"] == "2/2")
         await check_answer(world, "tiny", 0, 2)
-        reasons = [reason for reason, _ in await world.events("tiny")]
+        reasons = [reason for reason, _ in await world.until_told("tiny", "Ready", "PlanChanged")]
         assert reasons.count("PlanChanged") >= 3
         assert reasons.count("Ready") == 1, await world.events("tiny")
         assert "Degraded" not in reasons
@@ -67,14 +71,14 @@ async def test_no_profile_given(control_plane: ControlPlane, namespace: str, fil
         # The models tell their inputs and outputs, too.
         del measured["spec"]["input"], measured["spec"]["output"]
         await world.apply(measured)
-        status = await world.until_ready("tiny", 90)
+        status = await world.until_ready("tiny")
         assert status["throughput"]["predicted"] > 0
         book = await world.kube.get("ConfigMap", namespace, "tiny-profiles")
         assert book is not None
         assert len([name for name in book["data"] if len(name) == 16]) == 2
         found = await world.kube.get("ConfigMap", namespace, "tiny-plan")
         assert found is not None
-        await world.until("tiny", lambda s: "background" not in said(s, "Profiled")["message"], 60)
+        await world.until("tiny", lambda s: "background" not in said(s, "Profiled")["message"])
         # Restarted, the operator knows all of it and measures nothing again.
         await world.end_operator()
         before = (await world.kube.get("ConfigMap", namespace, "tiny-profiles") or {})["data"]
@@ -83,6 +87,24 @@ async def test_no_profile_given(control_plane: ControlPlane, namespace: str, fil
         await asyncio.sleep(1)
         after = (await world.kube.get("ConfigMap", namespace, "tiny-profiles") or {})["data"]
         assert after == before
+        await check_another_torch(world, before)
+
+
+async def check_another_torch(world: Operating, known: dict[str, str]) -> None:
+    """What was measured with other libraries than the workers have now is measured anew, and then goes."""
+    ours = libraries_text()
+    assert all(ours in text for text in known.values())
+    await world.end_operator()
+    data = {name: text.replace(ours, "torch 1.0") for name, text in known.items()}
+    await world.kube.patch("ConfigMap", world.namespace, "tiny-profiles", {"data": data})
+    await world.start_operator()
+
+    def is_anew(book: Manifest | None) -> bool:
+        texts = list(book["data"].values()) if book is not None else []
+        return bool(texts) and all(ours in text and "torch 1.0" not in text for text in texts)
+
+    await world.kube.wait_for("ConfigMap", world.namespace, "tiny-profiles", is_anew, READY_S)
+    await world.until_ready("tiny")
 
 
 def said(status: dict[str, Any], type_: str) -> dict[str, Any]:

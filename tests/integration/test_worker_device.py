@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from ensemble_contract.plan import Instance, WorkerPlan, encode_plan
 from ensemble_contract.pod import CPU_INSTEAD_OF_GPU
@@ -22,6 +23,7 @@ def test_a_share_of_cores_is_what_the_arguments_say(tmp_path: Path) -> None:
         status, device = worker.ask("GET", "/v1/device")
         assert status == 200
         assert device.pop("overheadBytes") > 50 << 20
+        assert device.pop("libraries").startswith(f"torch {torch.__version__.partition('+')[0]}")
         assert device == {
             "name": "cpu-0", "kind": "cpu", "index": 0, "deviceClass": "cpu-3", "cores": [], "threads": 3,
             "capacityBytes": 1 << 30, "uuid": "", "error": None,

@@ -134,3 +134,37 @@ def test_another_workers_plan_in_the_state_folder_is_passed_over(
         assert "it is the plan of worker 'pets-worker-1'" in worker.text()
     finally:
         worker.end()
+
+
+def test_one_that_replaces_another_has_loaded_when_all_that_may_come_is_there(
+    models: dict[str, ModelSource], tmp_path: Path
+) -> None:
+    """What is asked before a drain goes on: a file that is away may come, and later plans are later ones."""
+    away = tmp_path / "away.pt"
+    there = Path(models["times1"].uri.removeprefix("file:"))
+    late = msgspec.structs.replace(models["times1"], uri=f"file:{away}")
+    plan = ensemble(3, {**models, "times1": late}, w0=("times1", "times2"))
+    write(tmp_path / "plan.json", encode_plan(plan))
+    worker = PodWorker(tmp_path, "pets-worker-0")
+    try:
+        worker.wait_up()
+        worker.wait_states({"times1": "failed", "times2": "ready"})
+        assert worker.ask("GET", "/v1/health?loaded")[0] == 503
+        assert worker.ask("GET", "/v1/health")[0] == 200
+        away.symlink_to(there)
+        wait_until(lambda: worker.ask("GET", "/v1/health?loaded")[0] == 200, 60)
+        assert worker.states() == {"times1": "ready", "times2": "ready"}
+        away.unlink()
+        gone = msgspec.structs.replace(late, digest="other")
+        row = ensemble(4, {**models, "times1": gone}, w0=("times1",)).worker("pets-worker-0")
+        assert row is not None
+        assert worker.ask("PUT", "/v1/plan", encode_plan(row))[0] == 202
+        worker.wait_states({"times1": "failed"})
+        assert worker.ask("GET", "/v1/health?loaded")[0] == 200
+    finally:
+        worker.end()
+
+
+def test_one_without_a_plan_has_nothing_to_load(worker: PodWorker) -> None:
+    worker.wait_up()
+    assert worker.ask("GET", "/v1/health?loaded")[0] == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,7 +15,21 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-STOP_S = 10.0
+STOP_S = 30.0
+# Below those that connections are given: one of these could take the port of a server that is away for a while.
+PORTS = (15_000, 29_999)
+# Of the controller manager, those that ensembles and their children need.
+CONTROLLERS = (
+    "statefulset-controller",
+    "deployment-controller",
+    "replicaset-controller",
+    "garbage-collector-controller",
+    "namespace-controller",
+    "serviceaccount-controller",
+    "disruption-controller",
+    "resourceclaim-controller",
+    "horizontal-pod-autoscaler-controller",
+)
 
 _DIES_WITH_US = """
 import os, sys
@@ -68,11 +83,14 @@ def tails(components: Iterable[Component]) -> str:
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listened on just now; all held until the last is found, so that they differ."""
+    found: list[int] = []
     with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        while len(found) < count:
+            one, port = held.enter_context(socket.socket()), random.randint(*PORTS)
+            with contextlib.suppress(OSError):
+                one.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
 
 
 def write_signing_key(file: Path) -> None:

@@ -10,7 +10,7 @@ from ensemble_operator.control.cluster import Cluster
 from ensemble_operator.control.kinds import ENSEMBLE_LABEL, FIELD_MANAGER, MANAGED_BY, Manifest
 from tests.support.control_plane import ControlPlane
 
-DEADLINE_S = 100.0
+DEADLINE_S = 200.0
 
 
 @contextlib.asynccontextmanager

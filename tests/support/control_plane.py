@@ -32,10 +32,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.components import Component, dies_with_us, free_ports, tails, write_signing_key
+from tests.support.components import CONTROLLERS, Component, dies_with_us, free_ports, tails, write_signing_key
 
 ASSETS = "KUBEBUILDER_ASSETS"
-START_S = 60.0
+START_S = 90.0
 CRDS = Path(__file__).resolve().parents[2] / "crds"
 GROUP = "ensemble-operator.io"
 # Pods of a namespace made here go to nodes that have its name in this label, and so to no other test's.
@@ -43,16 +43,6 @@ NAMESPACE_LABEL = "tests/namespace"
 NODE_SELECTOR = "scheduler.alpha.kubernetes.io/node-selector"
 
 STORE = ("etcd", "kube-apiserver")
-CONTROLLERS = (
-    "statefulset-controller",
-    "deployment-controller",
-    "replicaset-controller",
-    "garbage-collector-controller",
-    "namespace-controller",
-    "serviceaccount-controller",
-    "disruption-controller",
-    "resourceclaim-controller",
-)
 
 
 class Refused(Exception):
@@ -111,6 +101,7 @@ class ControlPlane:
             f"--controllers={','.join(CONTROLLERS)}",
             f"--service-account-private-key-file={key}",
             f"--root-ca-file={self.authority}",
+            "--horizontal-pod-autoscaler-sync-period=2s",
             "--kube-api-qps=500",
             "--kube-api-burst=1000",
         )

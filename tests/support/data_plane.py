@@ -40,7 +40,8 @@ from tests.support.http_client import Client
 from tests.support.plane_members import MLPS, TIMES, X, Y, write_models
 
 START_S = 90.0
-STOP_S = 20.0
+ADMIN_S = 30.0
+STOP_S = 60.0
 
 
 class Child:
@@ -75,9 +76,9 @@ def ask_unix(
     path: Path, method: str, target: str, body: bytes = b"", *, authorization: str | None = None
 ) -> tuple[int, bytes]:
     """One request to an admin API; status and body."""
-    connection = http.client.HTTPConnection("admin", timeout=10)
+    connection = http.client.HTTPConnection("admin", timeout=ADMIN_S)
     connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.settimeout(10)
+    connection.sock.settimeout(ADMIN_S)
     try:
         connection.sock.connect(str(path))
         connection.request(method, target, body, {} if authorization is None else {"Authorization": authorization})

@@ -13,7 +13,7 @@ import numpy as np
 from tests.support.http_client import Array, Client, infer, rows
 
 CLIENTS = 8
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 SIZES = (1, 2, 5, 1, 3, 8, 1, 4)
 REQUESTS = [rows(size, seed) for seed, size in enumerate(SIZES)]
 

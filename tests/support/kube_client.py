@@ -21,6 +21,7 @@ from tests.support.control_plane import Refused
 Manifest = dict[str, Any]
 
 TIMEOUT_S = 30.0
+WITHIN_S = 60.0
 MAX_LINE_BYTES = 16 << 20
 MERGE = "application/merge-patch+json"
 STRATEGIC = "application/strategic-merge-patch+json"
@@ -31,6 +32,7 @@ _GROUPS = {
     "networking.k8s.io/v1": ("NetworkPolicy",),
     "policy/v1": ("PodDisruptionBudget",),
     "resource.k8s.io/v1": ("ResourceClaimTemplate", "ResourceClaim", "ResourceSlice", "DeviceClass"),
+    "autoscaling/v2": ("HorizontalPodAutoscaler",),
     "coordination.k8s.io/v1": ("Lease",),
     "events.k8s.io/v1": ("Event",),
     "ensemble-operator.io/v1alpha1": ("InferenceEnsemble",),
@@ -153,7 +155,7 @@ class KubeClient:
         namespace: str,
         name: str,
         condition: Callable[[Manifest | None], bool],
-        within_s: float = TIMEOUT_S,
+        within_s: float = WITHIN_S,
     ) -> Manifest | None:
         """Wait until an object (None: there is none) is as the condition says; AssertionError shows what it is."""
         deadline = time.monotonic() + within_s

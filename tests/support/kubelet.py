@@ -179,9 +179,8 @@ class Kubelet:
             patch = {"metadata": {"uid": pod.uid}, "status": pod.status()}
             try:
                 await self.kube.ask("PATCH", path, patch, STRATEGIC)
-            except (aiohttp.ClientError, TimeoutError, Refused) as error:
-                if isinstance(error, Refused) and error.status in (404, 409):
-                    return
+            except (aiohttp.ClientError, TimeoutError, Refused):
+                # Others write to it, too; a pod that is gone is forgotten when its deletion is seen.
                 dirty.set()
                 await asyncio.sleep(RETRY_S)
 

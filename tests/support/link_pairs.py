@@ -35,7 +35,7 @@ from ensemble_worker.links.zeromq import ZeroMQServer
 from tests.support.link_members import INPUTS, INSTANCES, OUTPUTS, Array, model, stacked
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 NAME = "worker-0"
 BATCH_ROWS = 32
 

@@ -45,7 +45,9 @@ OWNED = (
     "Deployment",
     "Pod",
 )
-READY_S = 60.0
+# Deadlines, not expectations: a machine of two cores that does something else besides takes long.
+READY_S = 120.0
+ASK_S = 60.0
 IMAGES = {"worker_image": "worker:test", "gateway_image": "gateway:test"}
 
 
@@ -61,12 +63,14 @@ class Operating:
     operator: asyncio.Task[None] | None = None
     cluster: Cluster | None = None
     stop: asyncio.Event = field(default_factory=asyncio.Event)
+    # A process of its own would end; here all other tests would end with it.
+    lost: list[str] = field(default_factory=list)
 
     async def start_operator(self, kubeconfig: Path | None = None) -> None:
         """Start the operator."""
         self.stop = asyncio.Event()
         self.cluster = await Cluster.connect(kubeconfig or self.plane.kubeconfig, None, "test")
-        operator = Operator(self.cluster, self.settings, Reconciler)
+        operator = Operator(self.cluster, self.settings, Reconciler, self.lost.append)
         self.operator = asyncio.create_task(operator.run(self.stop, "127.0.0.1"))
 
     async def end_operator(self) -> None:
@@ -145,10 +149,23 @@ class Operating:
         pods = [pod for pod in self.kubelet.pods if pod.startswith(f"{name}-gateway-")]
         return f"http://{self.kubelet.pods[pods[0]].ip}:8000"
 
+    async def until_answered(self, name: str, rows: Sequence[Sequence[float]]) -> dict[str, Any]:
+        """The first answer with outputs: gateways come, and go, a moment after the status says so."""
+        deadline = time.monotonic() + READY_S
+        while True:
+            try:
+                answer = await self.ask(name, rows)
+            except (aiohttp.ClientError, IndexError) as error:
+                answer = {"error": repr(error)}
+            if "outputs" in answer:
+                return answer
+            assert time.monotonic() < deadline, answer
+            await asyncio.sleep(0.1)
+
     async def ask(self, name: str, rows: Sequence[Sequence[float]], tensor: str = "input") -> dict[str, Any]:
         """The answer to a V2 request; with `status` where it is an error."""
         body = {"inputs": [{"name": tensor, "datatype": "FP32", "shape": [len(rows), len(rows[0])], "data": rows}]}
-        timeout = aiohttp.ClientTimeout(total=20)
+        timeout = aiohttp.ClientTimeout(total=ASK_S)
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
             session.post(f"{self.url(name)}/v2/models/{name}/infer", json=body) as answer,
@@ -161,7 +178,18 @@ class Operating:
         found = await self.kube.list("Event", self.namespace)
         return [(e["reason"], e["note"]) for e in found if e["regarding"]["name"] == name]
 
+    async def until_told(self, name: str, *reasons: str) -> list[tuple[str, str]]:
+        """The events, when there is one for each of these reasons: they are posted after the status."""
+        deadline = time.monotonic() + READY_S
+        while True:
+            found = await self.events(name)
+            if set(reasons) <= {reason for reason, _ in found}:
+                return found
+            assert time.monotonic() < deadline, found
+            await asyncio.sleep(0.1)
+
     def _check(self) -> None:
+        assert self.lost == []
         if self.operator is not None and self.operator.done():
             self.operator.result()
 
@@ -172,11 +200,10 @@ async def operating(
     namespace: str,
     *,
     start: bool = True,
-    gpus: int = 0,
-    environment: Mapping[str, str] | None = None,
+    node: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Operating]:
-    """An operator of one namespace, and a node that runs its pods, with more in their `environment`."""
+    """An operator of one namespace, and a node that runs its pods: `node` is what a Kubelet is made with."""
     plane.start_controllers()
     plane.start_scheduler()
     chosen = Settings(
@@ -194,8 +221,8 @@ async def operating(
     )
     async with AsyncExitStack() as stack:
         kube = await stack.enter_async_context(KubeClient(plane.kubeconfig))
-        node = await stack.enter_async_context(Kubelet(kube, namespace, gpus=gpus, environment=environment))
-        world = Operating(plane, namespace, kube, node, chosen)
+        kubelet = await stack.enter_async_context(Kubelet(kube, namespace, **(node or {})))
+        world = Operating(plane, namespace, kube, kubelet, chosen)
         if start:
             await world.start_operator()
         try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.support.components import dies_with_us
 from tests.support.tiny_operator import ROOT
 
-END_S = 30.0
+END_S = 60.0
 
 
 class OperatorProcess:

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 START_S = 90.0
-STOP_S = 20.0
+STOP_S = 60.0
 SERVED_AT = re.compile(r"is served at (http://\S+)/v2/models/(\S+)")
 
 

@@ -37,7 +37,7 @@ from tests.support.components import dies_with_us
 from tests.support.control_plane import ControlPlane
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 60.0
+DEADLINE_S = 90.0
 
 
 class TinyReconciler:
@@ -140,7 +140,7 @@ class TinyOperator:
         """One of its HTTP endpoints: status and text."""
         said = next(line["message"] for line in self.lines() if line["message"].startswith("health on port"))
         health, metrics = (int(word.strip(",")) for word in said.split() if word.strip(",").isdecimal())
-        connection = http.client.HTTPConnection("127.0.0.1", metrics if path == "/metrics" else health, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", metrics if path == "/metrics" else health, timeout=30)
         try:
             connection.request("GET", path)
             answer = connection.getresponse()
@@ -153,7 +153,7 @@ class TinyOperator:
         lines = self.ask("/metrics")[1].splitlines()
         return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
-    def end(self, number: signal.Signals = signal.SIGTERM, deadline_s: float = 30.0) -> int:
+    def end(self, number: signal.Signals = signal.SIGTERM, deadline_s: float = 60.0) -> int:
         """Send a signal and wait for the end; the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from benchmarks import allocation, loads, report, serving
 from benchmarks.children import Child, ChildFailed
-from benchmarks.colocation import ways
+from benchmarks.colocation import Measured as Colocated
+from benchmarks.colocation import verdict, ways
 from benchmarks.loadgen import WindowResult
 from benchmarks.raw import Layout, divide, layouts, shares_of
 from benchmarks.raw_process import Ready
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ensemble_contract.tensors import TensorSpec
+from ensemble_operator.profiles.measurements import Measurement, Point
 
 WORKLOAD = Workload("tiny", "/nowhere", TensorSpec("x", "FP32", (4,)), TensorSpec("y", "FP32", (2,)), (), (1, 8))
 
@@ -114,6 +116,25 @@ def test_the_peer_is_tried_with_batches_that_its_load_can_fill() -> None:
     assert {s.max_batch for s in mosec_candidates(WORKLOAD, loads.BULK, (0, 1))} == {1}
 
 
+@pytest.mark.parametrize(("slower", "says"), [(1.0, "as fast or faster"), (0.97, "as fast or faster"), (0.8, "SLOWER")])
+def test_what_colocation_settles_is_said(slower: float, says: str) -> None:
+    measured = [
+        Colocated("tiny", way, batch, (rate,) * 3, (2 * rate,) * 3, memory)
+        for batch in (1, 8)
+        for way, rate, memory in (
+            ("one process, 1 thread", 100.0 * slower, 300),
+            ("one process, 2 threads", 50.0, 310),
+            ("a process each, 1 thread", 100.0, 600),
+            ("a process each, 2 threads", 90.0, 610),
+        )
+    ]
+    said = verdict(measured)
+    assert f"{slower:.2f} times the rows/s one at a time ({slower:.2f} to {slower:.2f})" in said
+    assert f"{slower:.2f} times the rows/s stream" in said
+    assert "in 0.50 of the memory" in said
+    assert says in said
+
+
 def test_ways_of_colocation_hold_every_member_once() -> None:
     for device, cores in (("cpu", 1), ("cpu", 2), ("cuda-0", 1)):
         for way in ways(4, cores, device):
@@ -168,6 +189,26 @@ def test_ways_to_plan_are_compared_with_the_baseline_and_with_what_was_predicted
     assert "median error 10%, which is within" in table
     off = [allocation.Measured("digits", "best batch", ((1,),), (100.0,), 150.0, 150.0)]
     assert "median error 50%, which MISSES the aim of 15%" in allocation.live_table(off)
+
+
+def test_profiles_of_several_rounds_count_by_their_medians() -> None:
+    def measured(**rates: tuple[float, ...]) -> allocation.Profiles:
+        return {
+            (name, "K"): Measurement(
+                points=tuple(Point(8 * at, rate, 8 * at / rate, 7) for at, rate in enumerate(found, 1)),
+                overhead_bytes=9,
+            )
+            for name, found in rates.items()
+        }
+
+    rounds = [measured(a=(100.0, 400.0), b=(10.0,)), measured(a=(300.0,), b=(20.0,)), measured(a=(200.0,), b=(40.0,))]
+    found = allocation.median_profiles(rounds)
+    assert [(p.batch_size, p.rows_per_s, p.latency_s) for p in found["a", "K"].points] == [
+        (8, 200.0, 0.04),
+        (16, 400.0, 0.04),
+    ]
+    assert found["b", "K"].points[0].rows_per_s == 20.0
+    assert (found["b", "K"].overhead_bytes, found["b", "K"].points[0].memory_bytes) == (9, 7)
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,18 @@ class TestComposed:
         rates = {(p.member, p.batch_size): p.rows_per_s for p in problem.profiles}
         assert rates == {("a", 1): 100.0, ("a", 8): 4000.0, ("b", 1): 100.0, ("b", 8): 800.0}
 
+    def test_the_factor_of_a_class_comes_with_its_profiles(self) -> None:
+        alone = [profile(m, 8, rows_per_s=800.0) for m in "ab"]
+        told = {"profiles": alone, "devices": [{"class": "gpu", "colocation": 0.5}, {"class": "other"}]}
+        devices = cluster(count=1)["devices"]
+        for inventory in (None, {"devices": devices}, {"devices": [{**devices[0], "colocation": 0.9}]}):
+            ((_, problem),) = composed(cluster(count=1), inventory, told, "x").problems
+            assert problem.colocation == {"gpu": 0.5}
+            # Each would answer 800 rows/s alone, together they have half a device.
+            assert plan(problem, PlanOptions(), clock=lambda: 0.0).predicted_rows_per_s == pytest.approx(200)
+        with pytest.raises(InvalidProblem, match=r"x: devices\[0\].colocation"):
+            composed(cluster(), None, {**told, "devices": [{"class": "gpu", "colocation": "much"}]}, "x")
+
     def test_a_profile_twice_in_one_file_is_a_fault(self) -> None:
         with pytest.raises(InvalidProblem, match=r"x: profile .* is listed 2 times"):
             composed(cluster(), None, {"profiles": [profile("a", 8)] * 2}, "x")

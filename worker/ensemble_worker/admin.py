@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import web
 
 from ensemble_contract.errors import ContractError, InvalidPlan
+from ensemble_contract.libraries import libraries_text
 from ensemble_contract.plan import WorkerPlan, decode_plan
 from ensemble_worker.devices import Device
 from ensemble_worker.errors import PlanRefused
@@ -17,6 +18,8 @@ from ensemble_worker.exposition import Figures, exposition
 from ensemble_worker.profile_job import ProfileJob, ProfileOrder
 
 STUCK_S = 120.0
+# Asked with this, health includes that a worker which replaces another has loaded what that one had.
+LOADED = "loaded"
 
 
 class Managed(Protocol):
@@ -29,6 +32,10 @@ class Managed(Protocol):
     @property
     def generation(self) -> int:
         """The plan's generation; 0 without a plan."""
+
+    @property
+    def has_loaded(self) -> bool:
+        """Whether the plan that it started with is loaded, as far as it can be; from then on it stays so."""
 
     @property
     def token(self) -> str:
@@ -55,14 +62,20 @@ def make_admin(worker: Managed) -> web.Application:
 
 
 def _plan_routes(worker: Managed) -> list[web.RouteDef]:
-    async def get_health(_request: web.Request) -> web.Response:
+    async def get_health(request: web.Request) -> web.Response:
         busy_s = worker.busy_s()
         if busy_s > STUCK_S:
             return _json({"status": "stuck", "error": f"one batch has been running for {busy_s:.0f} s"}, 503)
+        if LOADED in request.query and not worker.has_loaded:
+            return _json({"status": "loading", "error": "the plan that it started with is not loaded yet"}, 503)
         return _json({"status": "ok"})
 
     async def get_device(_request: web.Request) -> web.Response:
-        shown = {"overheadBytes": worker.overhead_bytes, "threads": worker.device.threads}
+        shown = {
+            "overheadBytes": worker.overhead_bytes,
+            "threads": worker.device.threads,
+            "libraries": libraries_text(),
+        }
         return _json({**worker.device.as_json(), **shown, "error": worker.device.error or None})
 
     async def get_plan(_request: web.Request) -> web.Response:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ensemble_contract.pod import CPU_INSTEAD_OF_GPU
-from ensemble_worker import devices
+from ensemble_worker import devices, storage
 from ensemble_worker.errors import DeviceUnavailable
 
 _LOG = logging.getLogger(__name__)
@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--admin", required=True, metavar="ADDRESS", help="admin API: unix:PATH or tcp://HOST:PORT")
     found.add_argument("--data", required=True, metavar="ADDRESS", help="for gateways: unix:PATH or tcp://HOST:PORT")
-    found.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache/ensemble-operator/models")
+    found.add_argument(
+        "--cache-dir", type=Path, default=storage.default_cache_dir() / "models", help="where remote models are kept"
+    )
     found.add_argument("--state-dir", type=Path, help="where the plan is kept for a restart")
     found.add_argument("--plan", type=Path, help="a WorkerPlan to start with, a JSON file")
     found.add_argument(

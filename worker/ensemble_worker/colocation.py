@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -28,8 +26,10 @@ from ensemble_contract.tensors import TensorSpec
 from ensemble_worker import devices, predictor, storage
 from ensemble_worker.errors import WorkerError
 from ensemble_worker.gather import HostRows
+from ensemble_worker.measured_device import add_device, device_of, give_way
 from ensemble_worker.meter import prepare
 
+BUDGET_S, LONGEST_S = 30.0, 60.0
 # Of the time, for the members together; the rest is shared among those that run alone.
 SHARE_TOGETHER = 0.5
 # Alone and together alternate: what else the machine does meets both.
@@ -40,7 +40,7 @@ USAGE_EXIT = 1
 class Shared(msgspec.Struct, frozen=True, rename="camel"):
     """A member and the batch size that it runs with beside others."""
 
-    member: ModelSource
+    source: ModelSource
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     batch_size: int
@@ -53,11 +53,15 @@ class Question(msgspec.Struct, frozen=True):
 
 
 class Factor(msgspec.Struct, frozen=True):
-    """Batches a second of each member `alone` and `together`, and the co-location factor that they make."""
+    """Batches a second of each member `alone` and `together`, and the co-location factor that they make.
 
-    factor: float
-    alone: tuple[float, ...]
-    together: tuple[float, ...]
+    With `error` nothing was measured.
+    """
+
+    factor: float = 0.0
+    alone: tuple[float, ...] = ()
+    together: tuple[float, ...] = ()
+    error: str = ""
 
 
 def factor_of(runs: Sequence[Callable[[], object]], *, serial: bool, budget_s: float) -> Factor:
@@ -70,8 +74,8 @@ def factor_of(runs: Sequence[Callable[[], object]], *, serial: bool, budget_s: f
         together.append(_paces(runs, serial=serial, for_s=together_s))
     turns = zip(alone, together, strict=True)
     kept = [sum(now / before for before, now in zip(*turn, strict=True)) for turn in turns]
-    paces = (tuple(map(statistics.median, zip(*one, strict=True))) for one in (alone, together))
-    return Factor(statistics.median(kept), *paces)
+    before, beside = (tuple(map(statistics.median, zip(*one, strict=True))) for one in (alone, together))
+    return Factor(statistics.median(kept), before, beside)
 
 
 def _paces(runs: Sequence[Callable[[], object]], *, serial: bool, for_s: float) -> list[float]:
@@ -110,8 +114,8 @@ def measure(
     prepare(device, memory_limit)
     runs = []
     for shared in question.members:
-        path = storage.fetch(shared.member, cache, storage.log_progress(shared.member.name))
-        place = (path, shared.member, shared.inputs, shared.outputs, device, shared.batch_size, cache)
+        path = storage.fetch(shared.source, cache, storage.log_progress(shared.source.name))
+        place = (path, shared.source, shared.inputs, shared.outputs, device, shared.batch_size, cache)
         runs.append(_batches(predictor.load(*place), shared))
     return factor_of(runs, serial=device.kind == "cpu", budget_s=budget_s)
 
@@ -127,30 +131,29 @@ def main(argv: list[str]) -> int:
     try:
         options = _parser().parse_args(argv)
         die_with_parent(options.parent_pid)
+        if options.nice:
+            give_way()
         question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
         if len(question.members) < 2:
             raise ValueError("members: at least two share a device")
-        device = devices.find(options.device, devices.discover())
+        device = device_of(options.device, options.cores, options.threads)
     except SystemExit as stop:
         return USAGE_EXIT if stop.code else 0
     except (OSError, ValueError, ContractError, msgspec.DecodeError, WorkerError) as error:
         sys.stderr.write(f"colocate: {error}\n")
         return USAGE_EXIT
-    answer: dict[str, Any]
     try:
-        answer = msgspec.to_builtins(
-            measure(question, device, options.budget_s, options.memory_limit, options.cache_dir)
-        )
+        answer = measure(question, device, options.budget_s, options.memory_limit, options.cache_dir)
     except (WorkerError, RuntimeError, MemoryError) as error:
-        answer = {"error": str(error)}
-    sys.stdout.write(json.dumps(answer) + "\n")
+        answer = Factor(error=str(error) or type(error).__name__)
+    sys.stdout.write(msgspec.json.encode(answer).decode() + "\n")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ensemble_worker colocate", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--device", required=True, help="cuda-0, cpu-1, ...")
-    parser.add_argument("--budget-s", type=float, default=30.0, help="for all runs, once the models are loaded")
+    add_device(parser)
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="for all runs, once the models are loaded")
     parser.add_argument("--memory-limit", type=int, metavar="BYTES", help="what the members may take together")
     parser.add_argument("--cache-dir", type=Path, default=storage.default_cache_dir(), help="where models are kept")
     parser.add_argument("--parent-pid", type=int, default=0, help="end when this process is gone")

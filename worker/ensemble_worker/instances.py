@@ -106,6 +106,11 @@ class Instances:
         """Whether a thread is at work that cannot be stopped."""
         return any(one.state in ("fetching", "loading") for one in self.all())
 
+    @property
+    def settled(self) -> bool:
+        """Whether each instance of the plan runs, or cannot: what is tried again may still come."""
+        return all(one.state == "ready" or (one.task is not None and one.task.done()) for one in self._placed.values())
+
     def follow(self, plan: WorkerPlan, *, again: bool = False) -> None:
         """Run the instances of a plan. What failed is tried at once if that may have passed, or if told `again`."""
         wanted: dict[Key, Placed] = {}

@@ -1,17 +1,16 @@
 """The job of measuring members beside what serves: one at a time, each member in a capped child process of its own.
 
 A child is `python -m ensemble_worker measure` at the least priority; what it prints is kept line by line, so that a job
-that was ended or a worker that was restarted goes on where it was.
+that was ended or a worker that was restarted goes on where it was. Last, where that is ordered, `colocate` finds out
+what the device gets done when members share it: of a class of devices once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,16 +21,15 @@ import msgspec
 
 from ensemble_contract.plan import MAX_BATCH_SIZE, ModelSource
 from ensemble_contract.tensors import TensorSpec
+from ensemble_worker import colocation
 from ensemble_worker.devices import Device
+from ensemble_worker.measuring_process import conduct
 from ensemble_worker.profile_store import Found, Point, ProfileStore
 
 _LOG = logging.getLogger(__name__)
 
-MAX_LINE_BYTES = 1 << 20
 MAX_TASKS = 256
-KEPT_ERROR_BYTES = 4096
-# A child that says nothing for so long hangs: the largest models load in less.
-SILENCE_S = 1800.0
+FAILURES = (OSError, ValueError, msgspec.DecodeError)
 # Less than this is no measurement's worth of memory.
 LEAST_BYTES = 32 << 20
 
@@ -57,16 +55,38 @@ class ProfileTask(msgspec.Struct, frozen=True, rename="camel"):
             raise ValueError(f"budgetS of {name!r}: {self.budget_s} is below 0")
 
 
+class ColocationTask(msgspec.Struct, frozen=True, rename="camel"):
+    """Members to run together, each alone before. `budget_s` is for all of it, once they are loaded."""
+
+    members: tuple[colocation.Shared, ...]
+    budget_s: float = colocation.BUDGET_S
+
+    def __post_init__(self) -> None:
+        """Check members and budget. Raises ValueError."""
+        if not 2 <= len(self.members) <= MAX_TASKS:
+            raise ValueError(f"colocation.members: 2 to {MAX_TASKS} share a device, got {len(self.members)}")
+        for shared in self.members:
+            if not 1 <= shared.batch_size <= MAX_BATCH_SIZE:
+                raise ValueError(f"colocation.members: batchSize of {shared.source.name!r}: not in 1..{MAX_BATCH_SIZE}")
+        if not (math.isfinite(self.budget_s) and 0 < self.budget_s <= colocation.LONGEST_S):
+            raise ValueError(f"colocation.budgetS: {self.budget_s} is not above 0 and at most {colocation.LONGEST_S:g}")
+
+
 class ProfileOrder(msgspec.Struct, frozen=True, rename="camel"):
     """What to measure, in this order. `id` is the asker's name for it."""
 
     tasks: tuple[ProfileTask, ...]
     id: str = ""
+    colocation: ColocationTask | None = None
 
     def __post_init__(self) -> None:
         """Check how many there are. Raises ValueError."""
         if len(self.tasks) > MAX_TASKS:
             raise ValueError(f"tasks: {len(self.tasks)} are over {MAX_TASKS}")
+
+    def same_work(self, other: ProfileOrder) -> bool:
+        """Whether both order the same, by whatever name."""
+        return (self.tasks, self.colocation) == (other.tasks, other.colocation)
 
 
 class Line(msgspec.Struct, frozen=True, rename="camel"):
@@ -111,6 +131,25 @@ class Progress:
         }
 
 
+@dataclass(slots=True, eq=False)
+class Sharing:
+    """What has become of a colocation task."""
+
+    found: colocation.Factor
+    finished: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """As the admin API shows it."""
+        found = self.found
+        return {
+            "factor": found.factor or None,
+            "alone": found.alone,
+            "together": found.together,
+            "error": found.error or None,
+            "finished": self.finished,
+        }
+
+
 class ProfileJob:
     """The worker's one job. `spare_bytes` says how much memory a child may take now; None leaves it to the child."""
 
@@ -124,6 +163,7 @@ class ProfileJob:
         self._spare_bytes = spare_bytes
         self._order: ProfileOrder | None = None
         self._progress: list[Progress] = []
+        self._sharing: Sharing | None = None
         self._running: asyncio.Task[None] | None = None
 
     @property
@@ -139,6 +179,7 @@ class ProfileJob:
             "id": self._order.id if self._order is not None else "",
             "state": self.state,
             "results": [progress.as_json() for progress in self._progress],
+            "colocation": self._sharing.as_json() if self._sharing is not None else None,
         }
 
     async def start(self, order: ProfileOrder) -> None:
@@ -147,14 +188,16 @@ class ProfileJob:
         One that is done is looked at again if it comes under a new id: what failed is tried once more.
         """
         former = self._order
-        if former is not None and former.tasks == order.tasks:
-            failed = any(progress.error for progress in self._progress)
-            if self.state == "running" or former.id == order.id or not failed:
+        if former is not None and former.same_work(order):
+            errors = [progress.error for progress in self._progress]
+            errors += [self._sharing.found.error] if self._sharing is not None else []
+            if self.state == "running" or former.id == order.id or not any(errors):
                 self._order = order
                 return
         await self.end()
         self._order = order
         self._progress = [Progress(task, self._store.recall(task.source)) for task in order.tasks]
+        self._sharing = Sharing(self._store.recall_factor()) if order.colocation is not None else None
         self._running = asyncio.create_task(self._run())
 
     async def end(self) -> None:
@@ -162,68 +205,72 @@ class ProfileJob:
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait([self._running])
-        self._order, self._running, self._progress = None, None, []
+        self._order, self._running, self._progress, self._sharing = None, None, [], None
 
     async def _run(self) -> None:
         for progress in self._progress:
             name = progress.task.source.name
             try:
                 await self._measure(progress)
-            except (OSError, ValueError, msgspec.DecodeError) as error:
+            except FAILURES as error:
                 progress.error = f"member {name!r} cannot be measured: {type(error).__name__}: {error}"
                 _LOG.error("%s", progress.error)
             progress.finished = True
+        order, sharing = self._order, self._sharing
+        if order is None or order.colocation is None or sharing is None:
+            return
+        try:
+            await self._share(order.colocation, sharing)
+        except FAILURES as error:
+            sharing.found = colocation.Factor(error=f"co-location: {type(error).__name__}: {error}")
+            _LOG.error("%s", sharing.found.error)
+        sharing.finished = True
 
     async def _measure(self, progress: Progress) -> None:
         # Another task of this job may have measured it.
         progress.found = self._store.recall(progress.task.source)
-        sizes = progress.found.missing(progress.task.sizes)
+        task = progress.task
+        sizes = progress.found.missing(task.sizes)
         if not sizes:
             return
         spare_bytes = self._spare_bytes()
-        if spare_bytes is not None and spare_bytes < LEAST_BYTES:
+        if too_little := _too_little(spare_bytes):
             progress.error = (
-                f"member {progress.task.source.name!r} cannot be measured: beside what runs here {spare_bytes >> 20} "
-                "MiB are free: give the device more memory, or the member a profile"
+                f"member {task.source.name!r} cannot be measured: {too_little}: give the device more memory, or the "
+                "member a profile"
             )
             return
-        _LOG.info("measuring %s at %s rows", progress.task.source.name, ", ".join(map(str, sizes)))
-        child = await asyncio.create_subprocess_exec(
-            *self._command(progress.task, sizes, spare_bytes),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-            start_new_session=True, limit=MAX_LINE_BYTES,
-        )  # fmt: skip
-        try:
-            await self._follow(child, progress)
-        finally:
-            if child.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                await child.wait()
+        _LOG.info("measuring %s at %s rows", task.source.name, ", ".join(map(str, sizes)))
+        rest = ("--spec", "-", "--sizes", ",".join(map(str, sizes)), "--budget-s", f"{task.budget_s:g}")
+        command = self._command("measure", spare_bytes, *rest)
+        spec = {"member": task.source, "inputs": task.inputs, "outputs": task.outputs}
+        how = await conduct(command, spec, lambda text: self._take(msgspec.json.decode(text, type=Line), progress))
+        if how and not progress.error:
+            progress.error = f"member {task.source.name!r}: measuring {how}"
+            _LOG.error("%s", progress.error)
 
-    async def _follow(self, child: asyncio.subprocess.Process, progress: Progress) -> None:
-        """Give a child its question and take what it says until it ends."""
-        if child.stdin is None or child.stdout is None or child.stderr is None:
-            raise AssertionError("all three were asked for")
-        words = asyncio.create_task(_last_words(child.stderr))
-        try:
-            task = progress.task
-            spec = {"member": task.source, "inputs": task.inputs, "outputs": task.outputs}
-            with contextlib.suppress(ConnectionError):  # it may end without reading
-                child.stdin.write(msgspec.json.encode(spec))
-                await child.stdin.drain()
-            child.stdin.close()
-            while text := await asyncio.wait_for(child.stdout.readline(), SILENCE_S):
-                self._take(msgspec.json.decode(text, type=Line), progress)
-            code = await child.wait()
-            if code != 0 and not progress.error:
-                said = await asyncio.wait_for(words, SILENCE_S)
-                progress.error = f"member {task.source.name!r}: measuring {_ended(code)}{said and f': {said}'}"
-                _LOG.error("%s", progress.error)
-        except TimeoutError:
-            progress.error = f"member {progress.task.source.name!r}: measuring said nothing for {SILENCE_S:.0f} s"
-        finally:
-            words.cancel()
+    async def _share(self, task: ColocationTask, sharing: Sharing) -> None:
+        if sharing.found.factor:
+            return
+        names = ", ".join(shared.source.name for shared in task.members)
+        spare_bytes = self._spare_bytes()
+        if too_little := _too_little(spare_bytes):
+            sharing.found = colocation.Factor(error=f"{names} cannot be run together: {too_little}")
+            return
+        _LOG.info("measuring %s together", names)
+        command = self._command("colocate", spare_bytes, "--budget-s", f"{task.budget_s:g}")
+
+        def take(text: bytes) -> None:
+            sharing.found = msgspec.json.decode(text, type=colocation.Factor)
+
+        how = await conduct(command, {"members": task.members}, take)
+        if not (sharing.found.factor or sharing.found.error):
+            how = how or "ended without a result"
+            sharing.found = colocation.Factor(error=f"measuring {names} together {how}")
+        if sharing.found.factor:
+            self._store.keep_factor(sharing.found)
+        else:
+            _LOG.warning("co-location is not measured: %s", sharing.found.error)
 
     def _take(self, line: Line, progress: Progress) -> None:
         progress.downloaded_bytes, progress.total_bytes = line.downloaded_bytes, line.total_bytes
@@ -243,30 +290,20 @@ class ProfileJob:
             progress.found = found
             self._store.keep(progress.task.source, found)
 
-    def _command(self, task: ProfileTask, sizes: tuple[int, ...], spare_bytes: int | None) -> list[str]:
+    def _command(self, what: str, spare_bytes: int | None, *rest: str) -> list[str]:
         device = self._device
-        command = [sys.executable, "-m", "ensemble_worker", "measure", "--device", device.name, "--nice"]
+        command = [sys.executable, "-m", "ensemble_worker", what, "--device", device.name, "--nice"]
         if device.threads:
             command += ["--threads", str(device.threads)]
         elif device.cores:
             command += ["--cores", ",".join(map(str, device.cores))]
         if spare_bytes is not None:
             command += ["--memory-limit", str(spare_bytes)]
-        command += ["--spec", "-", "--sizes", ",".join(map(str, sizes)), "--budget-s", f"{task.budget_s:g}"]
-        return [*command, "--cache-dir", str(self._cache_dir), "--parent-pid", str(os.getpid())]
+        return [*command, *rest, "--cache-dir", str(self._cache_dir), "--parent-pid", str(os.getpid())]
 
 
-async def _last_words(stream: asyncio.StreamReader) -> str:
-    """The last line of what a child wrote to its standard error."""
-    kept = b""
-    while chunk := await stream.read(KEPT_ERROR_BYTES):
-        kept = (kept + chunk)[-KEPT_ERROR_BYTES:]
-    lines = [line for line in kept.decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
-
-
-def _ended(code: int) -> str:
-    """How a process ended, in words."""
-    if code == -signal.SIGKILL:
-        return "was killed, which the kernel does when memory runs out"
-    return f"ended with signal {-code}" if code < 0 else f"ended with code {code}"
+def _too_little(spare_bytes: int | None) -> str:
+    """Why there is no memory to measure in; empty where there is."""
+    if spare_bytes is None or spare_bytes >= LEAST_BYTES:
+        return ""
+    return f"beside what runs here {spare_bytes >> 20} MiB are free"

@@ -1,26 +1,27 @@
 """What measuring has found out, kept in a folder so that no worker measures anything twice.
 
-A file for each model digest, class of device and version of the libraries that run it. Files are only ever replaced.
+A file for each model digest, class of device and version of the libraries that run it, and one for the class's
+co-location factor. Files are only ever replaced.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import logging
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
+from ensemble_contract.libraries import library_versions
 from ensemble_contract.plan import ModelSource
+from ensemble_worker.colocation import Factor
 
 _LOG = logging.getLogger(__name__)
 
-# A profile of other versions of these is of another program.
-LIBRARIES = ("torch", "onnxruntime")
+KeptT = TypeVar("KeptT", bound=msgspec.Struct)
 
 
 class Point(msgspec.Struct, frozen=True, rename="camel"):
@@ -61,33 +62,49 @@ class ProfileStore:
         self._folder = folder
         self._device_class = device_class
         self._known: dict[str, Found] = {}
+        self._factor = Factor()
 
     def recall(self, source: ModelSource) -> Found:
         """What is known; what is on disk but cannot be believed is measured again."""
-        key = self._key(source)
-        if key not in self._known and self._folder is not None:
-            with suppress(OSError, msgspec.DecodeError):
-                self._known[key] = msgspec.json.decode((self._folder / f"{key}.json").read_bytes(), type=Found)
-        return self._known.get(key, Found())
+        key = self._key(source.digest, source.format)
+        if key not in self._known:
+            self._known[key] = self._read(key, Found) or Found()
+        return self._known[key]
 
     def keep(self, source: ModelSource, found: Found) -> None:
         """Remember it. A folder that cannot be written costs another measurement after a restart, and no more."""
-        key = self._key(source)
+        key = self._key(source.digest, source.format)
         self._known[key] = found
+        self._write(key, found)
+
+    def recall_factor(self) -> Factor:
+        """The class's co-location factor; 0 if it is not known."""
+        if not self._factor.factor:
+            self._factor = self._read(self._key("co-location"), Factor) or Factor()
+        return self._factor
+
+    def keep_factor(self, factor: Factor) -> None:
+        """Remember the class's co-location factor, as `keep` does."""
+        self._factor = factor
+        self._write(self._key("co-location"), factor)
+
+    def _read(self, key: str, kind: type[KeptT]) -> KeptT | None:
+        if self._folder is None:
+            return None
+        with suppress(OSError, msgspec.DecodeError):
+            return msgspec.json.decode((self._folder / f"{key}.json").read_bytes(), type=kind)
+        return None
+
+    def _write(self, key: str, kept: msgspec.Struct) -> None:
         if self._folder is None:
             return
         draft = self._folder / f"{key}.{os.getpid()}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(msgspec.json.encode(found))
+            draft.write_bytes(msgspec.json.encode(kept))
             draft.replace(self._folder / f"{key}.json")
         except OSError as error:
             _LOG.warning("profiles are not kept for a restart: %s", error)
 
-    def _key(self, source: ModelSource) -> str:
-        versions = {}
-        for library in LIBRARIES:
-            with suppress(importlib.metadata.PackageNotFoundError):
-                versions[library] = importlib.metadata.version(library)
-        parts = (source.digest, source.format, self._device_class, versions)
-        return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+    def _key(self, *what: str) -> str:
+        return hashlib.sha256(msgspec.json.encode((*what, self._device_class, library_versions()))).hexdigest()

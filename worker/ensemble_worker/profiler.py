@@ -9,9 +9,7 @@ takes memory from what serves.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import statistics
 import sys
 import time
@@ -27,10 +25,11 @@ from ensemble_contract.errors import ContractError
 from ensemble_contract.orphan import die_with_parent
 from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import FLOATING, TensorSpec, fp32_to_bf16
-from ensemble_worker import devices, predictor, signature, storage
+from ensemble_worker import predictor, signature, storage
 from ensemble_worker.chosen_forms import ChosenForms
 from ensemble_worker.devices import Device
-from ensemble_worker.errors import DeviceUnavailable, InvalidArchive, InvalidModel, ModelError, WorkerError
+from ensemble_worker.errors import InvalidArchive, InvalidModel, ModelError, WorkerError
+from ensemble_worker.measured_device import add_device, device_of, give_way, numbers_of
 from ensemble_worker.meter import Meter, prepare
 from ensemble_worker.signature import Signature
 
@@ -41,7 +40,6 @@ WORTHWHILE_GAIN = 1.02
 PROGRESS_PERIOD_S = 0.25
 SEED = 3
 USAGE_EXIT = 1
-LEAST_PRIORITY = 19
 
 
 Say = Callable[[dict[str, Any]], None]
@@ -84,9 +82,9 @@ def main(argv: list[str]) -> int:
         options = _parser().parse_args(argv)
         die_with_parent(options.parent_pid)
         if options.nice:
-            _give_way()
+            give_way()
         subject = _read_subject(options.spec)
-        device = _device(options.device, options.cores, options.threads)
+        device = device_of(options.device, options.cores, options.threads)
     except SystemExit as stop:
         return USAGE_EXIT if stop.code else 0
     except (OSError, ContractError, msgspec.DecodeError, WorkerError) as error:
@@ -232,39 +230,8 @@ def _read_subject(spec: str) -> Subject:
     return msgspec.json.decode(text, type=Subject)
 
 
-def _give_way() -> None:
-    """Leave cores and memory to what serves: the least priority, and the first to end where memory runs out."""
-    os.nice(LEAST_PRIORITY)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-
-
-def _device(name: str, cores: list[int] | None, threads: int) -> Device:
-    """A device of this machine; with `cores` a CPU partition of them, with `threads` a share of all cores.
-
-    These are taken as told, whatever the machine's default partitions are.
-    """
-    if cores is None and not threads:
-        return devices.find(name, devices.discover())
-    kind, _, index = name.partition("-")
-    if kind != "cpu" or not index.isdigit():
-        raise DeviceUnavailable(
-            f"device {name!r}: --cores and --threads are for CPU devices, named cpu-0, cpu-1 and so on"
-        )
-    if threads or cores is None:
-        return devices.cpu_share(int(index), threads, devices.free_memory_bytes())
-    return devices.cpu_device(int(index), cores, devices.free_memory_bytes())
-
-
-def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if any(n < 0 for n in numbers):
-        raise ValueError(text)
-    return numbers
-
-
 def _sizes(text: str) -> list[int]:
-    sizes = _numbers(text)
+    sizes = numbers_of(text)
     if 0 in sizes:
         raise ValueError(text)
     return sizes
@@ -272,10 +239,7 @@ def _sizes(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ensemble_worker measure", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--device", required=True, help="cpu-0, cuda-1, ...")
-    parser.add_argument("--cores", type=_numbers, metavar="N,N", help="the cores of a CPU device")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="a CPU device's threads, on any cores")
-    parser.add_argument("--nice", action="store_true", help="at the least priority, beside what serves")
+    add_device(parser)
     parser.add_argument(
         "--spec", required=True, metavar="FILE|-", help='JSON: {"member": ..., "inputs": ..., "outputs": ...}'
     )

@@ -57,6 +57,7 @@ class Worker:
         self._past: dict[str, Counters] = {}
         self._fitting: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
+        self._has_loaded = False
         self._serving = Serving(self._name, options.data, device, lambda: self.generation, self._lose)
         self._instances = Instances(
             device, options.cache_dir, self._serving, self._links_fit, self._lose, self._remember
@@ -73,6 +74,7 @@ class Worker:
         plan = planfile.newest([*plans, self._mirror.look() if self._mirror else None])
         if plan is not None:
             self.adopt(plan)
+        self._has_loaded = plan is None
         self._looking = self._loop.create_task(self._look_again_and_again())
 
     async def close(self) -> bool:
@@ -187,6 +189,12 @@ class Worker:
     def instance_states(self) -> list[dict[str, Any]]:
         """Every instance of the plan, and those that still leave, with their states."""
         return [placed.as_json() for placed in self._instances.all()]
+
+    @property
+    def has_loaded(self) -> bool:
+        """Whether the plan that it started with is loaded, as far as it can be; from then on it stays so."""
+        self._has_loaded = self._has_loaded or (self._looking is not None and self._instances.settled)
+        return self._has_loaded
 
     def busy_s(self) -> float:
         """For how long the oldest batch that runs now has been running."""

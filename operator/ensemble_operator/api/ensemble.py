@@ -188,3 +188,8 @@ class InferenceEnsemble:
     labels: Mapping[str, str]
     annotations: Mapping[str, str]
     given: tuple[Given, ...] = field(default=(), compare=False)
+
+    @property
+    def pools(self) -> tuple[Devices, ...]:
+        """All pools of devices: pool 0 is `devices`, those from 1 are `extraDevices`."""
+        return (self.spec.devices, *self.spec.extra_devices)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from ensemble_operator.api import InferenceEnsemble
 from ensemble_operator.control.errors import ClusterError, Forbidden, NotFound
 from ensemble_operator.control.inventory import ClusterView, Supply, supply
-from ensemble_operator.control.kinds import NODE, POD, RESOURCE_SLICE, Kind, Manifest
+from ensemble_operator.control.kinds import NODE, POD, RESOURCE_CLAIM, RESOURCE_SLICE, Kind, Manifest
 from ensemble_operator.control.world import World
 from ensemble_operator.manifests import worker_tolerations
 
@@ -35,7 +35,7 @@ class Census:
         view = await self._current()
         if view is None:
             return None
-        devices = (ensemble.spec.devices, *ensemble.spec.extra_devices)[pool]
+        devices = ensemble.pools[pool]
         return supply(view, replace(devices, tolerations=worker_tolerations(ensemble, devices)))
 
     async def _current(self) -> ClusterView | None:
@@ -56,7 +56,9 @@ class Census:
         except Forbidden as error:
             log.warning("free devices are not told: %s", error)
             return None
-        return ClusterView(nodes, pods, await self._optional(RESOURCE_SLICE))
+        slices = await self._optional(RESOURCE_SLICE)
+        claims = [_slim_claim(claim) for claim in await self._optional(RESOURCE_CLAIM)] if slices else []
+        return ClusterView(nodes, pods, slices, claims)
 
     async def _optional(self, kind: Kind) -> list[Manifest]:
         try:
@@ -72,6 +74,11 @@ def _slim_node(node: Manifest) -> Manifest:
     """A node without the list of its images, which is most of it."""
     status = {name: part for name, part in (node.get("status") or {}).items() if name != "images"}
     return {**node, "status": status}
+
+
+def _slim_claim(claim: Manifest) -> Manifest:
+    """A claim's devices."""
+    return {"status": {"allocation": (claim.get("status") or {}).get("allocation")}}
 
 
 def _slim_pod(pod: Manifest) -> Manifest:

@@ -1,14 +1,14 @@
 """Which devices the cluster has free for a pool, and what stands in the way of others. Pure.
 
 Only to explain: pods are created whatever this says, and the scheduler decides. GPUs are counted from what nodes offer
-less what pods on them request; their class and memory come from the labels of GPU Feature Discovery (MiB) or from
-ResourceSlices (quantities).
+less what pods on them request, or from ResourceSlices less what ResourceClaims hold; their class and memory come from
+the labels of GPU Feature Discovery (MiB) or from the ResourceSlices (quantities).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -33,6 +33,7 @@ class ClusterView:
     nodes: Sequence[Manifest]
     pods: Sequence[Manifest]
     slices: Sequence[Manifest] = ()
+    claims: Sequence[Manifest] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Supply:
         if not self.total:
             said = f"no node that may be used offers {what}"
         elif not self.free_count:
-            said = f"none of {self.total} {what} that may be used is free"
+            said = f"none of {self.total} {what} that may be used is free ({', '.join(self.free)})"
         else:
             listed = ", ".join(f"{count} x {name}" for name, count in self.free.items() if count)
             said = f"free: {listed} (of {self.total} {what})"
@@ -112,10 +113,12 @@ def shortage(pool: Devices, wanted: int, held: int, found: Supply | None, quoted
 
 
 def _published(view: ClusterView, pool: Devices) -> Supply:
-    """Devices of drivers whose name the class has or begins with; claims on them are the scheduler's business."""
+    """Devices of drivers whose name the class has or ends with: which of them it selects, only the scheduler knows."""
     nodes = {node["metadata"]["name"]: node for node in view.nodes}
+    held = set(_held(view.claims))
     free: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
+    total = 0
     for one in view.slices:
         spec = one.get("spec") or {}
         driver = spec.get("driver", "")
@@ -123,12 +126,23 @@ def _published(view: ClusterView, pool: Devices) -> Supply:
             continue
         node = nodes.get(spec.get("nodeName", ""))
         obstacle = _obstacle(node, pool) if node is not None else ""
-        for device in spec.get("devices") or ():
-            if obstacle:
-                left_out[obstacle] += 1
-                continue
-            free[_published_class(device)] += 1
-    return Supply(dict(free), sum(free.values()), dict(left_out))
+        devices = spec.get("devices") or ()
+        if obstacle and devices:
+            left_out[obstacle] += 1
+            continue
+        pool_name = (spec.get("pool") or {}).get("name", "")
+        for device in devices:
+            total += 1
+            free[_published_class(device)] += (driver, pool_name, device.get("name", "")) not in held
+    return Supply(dict(free), total, dict(left_out))
+
+
+def _held(claims: Iterable[Manifest]) -> Iterator[tuple[str, str, str]]:
+    """The devices that claims hold, by driver, pool and name."""
+    for claim in claims:
+        allocation = (claim.get("status") or {}).get("allocation") or {}
+        for result in (allocation.get("devices") or {}).get("results") or ():
+            yield result.get("driver", ""), result.get("pool", ""), result.get("device", "")
 
 
 def _published_class(device: Manifest) -> str:

@@ -64,6 +64,7 @@ SERVICE_ACCOUNT = Kind("ServiceAccount", "", "v1", "serviceaccounts")
 NETWORK_POLICY = Kind("NetworkPolicy", "networking.k8s.io", "v1", "networkpolicies")
 DISRUPTION_BUDGET = Kind("PodDisruptionBudget", "policy", "v1", "poddisruptionbudgets")
 CLAIM_TEMPLATE = Kind("ResourceClaimTemplate", "resource.k8s.io", "v1", "resourceclaimtemplates")
+RESOURCE_CLAIM = Kind("ResourceClaim", "resource.k8s.io", "v1", "resourceclaims")
 RESOURCE_SLICE = Kind("ResourceSlice", "resource.k8s.io", "v1", "resourceslices", namespaced=False)
 NODE = Kind("Node", "", "v1", "nodes", namespaced=False)
 NAMESPACE = Kind("Namespace", "", "v1", "namespaces", namespaced=False)
@@ -82,6 +83,7 @@ KINDS = (
     NETWORK_POLICY,
     DISRUPTION_BUDGET,
     CLAIM_TEMPLATE,
+    RESOURCE_CLAIM,
     RESOURCE_SLICE,
     NODE,
     NAMESPACE,
@@ -101,7 +103,7 @@ WATCHED = (
     CLAIM_TEMPLATE,
 )
 # Not served by every cluster that we support.
-OPTIONAL = frozenset({CLAIM_TEMPLATE, RESOURCE_SLICE})
+OPTIONAL = frozenset({CLAIM_TEMPLATE, RESOURCE_CLAIM, RESOURCE_SLICE})
 
 _BY_NAME = {(kind.api_version, kind.name): kind for kind in KINDS}
 

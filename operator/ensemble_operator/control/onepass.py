@@ -14,6 +14,7 @@ from ensemble_operator.control.kinds import Key, Manifest
 from ensemble_operator.control.observe import Observed, WorkerView
 from ensemble_operator.control.planning import Members
 from ensemble_operator.control.pods import Pod
+from ensemble_operator.control.questions import PlanQuestion
 from ensemble_operator.control.status import Event
 from ensemble_operator.control.target import Target, TargetDevice
 from ensemble_operator.profiles.measurements import Measurement
@@ -31,13 +32,15 @@ class Unfitting(Refusal):
 class Memory:
     """What this process remembers of an ensemble between reconciles: only what saves work or noise, never truth.
 
-    `coming_since`: since when it waits for pods that start; `unready_since`: since when not all members answer;
+    `coming_since`: since when it waits for pods that start; `returning_since`: for such that are made again;
+    `unready_since`: since when not all members answer;
     `refused`: the last question without an answer, and why; `rows`: what gateways had answered at a time, by the life
     of their container; `told`: failures of members that had their event; `book`: the last one, for when the ConfigMap
     is deleted.
     """
 
     coming_since: float | None = None
+    returning_since: float | None = None
     unready_since: float | None = None
     refused: tuple[str, Exception] | None = None
     rows: tuple[float, Mapping[str, int]] | None = None
@@ -72,6 +75,7 @@ class Pass:
     measured: Mapping[tuple[str, str], Measurement] = field(default_factory=dict)
     devices: Mapping[str, TargetDevice] = field(default_factory=dict)
     members: Members | None = None
+    asked: PlanQuestion | None = None
     target: Target | None = None
     needs: Mapping[tuple[str, str, int], float] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
@@ -91,7 +95,7 @@ class Pass:
     @property
     def pools(self) -> tuple[Devices, ...]:
         """The pools that the resource asks for."""
-        return (self.spec.spec.devices, *self.spec.spec.extra_devices)
+        return self.spec.pools
 
     def is_wanted(self, pod: Pod) -> bool:
         """Whether a worker's pod is one of those that its pool shall have."""

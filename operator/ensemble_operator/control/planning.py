@@ -14,6 +14,7 @@ from ensemble_operator.allocation.problem import Member as PlannedMember
 from ensemble_operator.api import Devices, InferenceEnsemble
 from ensemble_operator.control.book import Book
 from ensemble_operator.control.observe import Observed
+from ensemble_operator.control.pods import Pod
 from ensemble_operator.control.questions import Cell, PlanAnswer, PlanQuestion
 from ensemble_operator.control.target import Target, TargetDevice
 from ensemble_operator.planning.settings import options_of
@@ -26,6 +27,8 @@ from ensemble_operator.profiles.measurements import (
 
 # How long a worker that does not answer keeps its place in the plan: a container that starts again needs about that.
 AWAY_GRACE_S = 60.0
+# What its predecessor held is free a moment after it is gone.
+UNSCHEDULABLE_GRACE_S = 10.0
 # A plan that is not so much better than the one that runs is not worth the change.
 WORTHWHILE_GAIN = 1.05
 MAX_ROW_CACHE_BYTES = 256 << 20
@@ -110,7 +113,7 @@ def live_devices(
             taken = overheads.get(device.device_class, UNMEASURED_OVERHEAD_BYTES) + cache
             usable = max(0, math.floor(device.capacity_bytes * share) - taken)
             found[view.name] = TargetDevice(device.device_class, device.kind, device.capacity_bytes, usable)
-        elif target is not None and view.pod.away_since is not None and now - view.pod.away_since < AWAY_GRACE_S:
+        elif target is not None and view.device is None and _may_come_back(view.pod, now):
             before = target.device(view.name)
             if before is not None:
                 found[view.name] = before
@@ -139,10 +142,11 @@ def question(
     devices: Mapping[str, TargetDevice],
     measured: Mapping[tuple[str, str], Measurement],
     running: Iterable[Cell],
+    factors: Mapping[str, float] | None = None,
 ) -> PlanQuestion:
     """The problem of placing the members that can be loaded on the devices.
 
-    Raises InvalidProblem.
+    `factors` are the co-location factors of their classes, as far as they are known. Raises InvalidProblem.
     """
     able = [name for name in members.sources if name not in members.unplaced]
     profiles = tuple(
@@ -162,6 +166,7 @@ def question(
         profiles=profiles,
         batch_sizes=tuple(sorted({p.batch_size for p in profiles if p.device_class in classes})),
         headroom=0.0,
+        colocation={name: factor for name, factor in (factors or {}).items() if name in classes},
     )
     versions = tuple(members.sources[name].digest for name in able)
     return PlanQuestion(problem, options_of(ensemble.spec.planning), versions, tuple(running))
@@ -210,9 +215,9 @@ def need_bytes(
         for instance in view.report.instances if view.report is not None else ():
             if view.device is not None and instance.memory_bytes > 0:
                 found[instance.digest, view.device.device_class, instance.batch_size] = instance.memory_bytes
-    for (digest, device_class), known in book.known.items():
+    for digest, known in book.current():
         for point in (*known.declared, *known.points):
-            found[digest, device_class, point.batch_size] = point.memory_bytes
+            found[digest, known.device_class, point.batch_size] = point.memory_bytes
     for (name, device_class), said in measured.items():
         if name in members.sources:
             for point in said.points:
@@ -234,6 +239,15 @@ def _is_good_enough(before: Target, asked: PlanQuestion, answer: PlanAnswer) -> 
     return answer.predicted_rows_per_s < WORTHWHILE_GAIN * answer.running_rows_per_s
 
 
+def _may_come_back(pod: Pod, now: float) -> bool:
+    """Whether a worker that does not answer is soon to.
+
+    While its kubelet finds it Ready it was only slow; a pod for which there is no place is not waited for.
+    """
+    if pod.unschedulable and now - pod.created > UNSCHEDULABLE_GRACE_S:
+        return False
+    return pod.away_since is None or now - pod.away_since < AWAY_GRACE_S
+
+
 def _pool(ensemble: InferenceEnsemble, pool: int) -> Devices:
-    pools = (ensemble.spec.devices, *ensemble.spec.extra_devices)
-    return pools[pool] if pool < len(pools) else pools[0]
+    return ensemble.pools[pool] if pool < len(ensemble.pools) else ensemble.pools[0]

@@ -20,6 +20,7 @@ from ensemble_operator.control.planning import (
 from ensemble_operator.control.pods import COMING_S
 from ensemble_operator.control.profiling import failures, measured, note_declared
 from ensemble_operator.control.questions import DOES_NOT_FIT, PlanAnswer, PlanQuestion
+from ensemble_operator.control.returning import returning
 from ensemble_operator.control.status import plan_changed
 from ensemble_operator.control.target import Target, TargetDevice
 
@@ -45,6 +46,8 @@ class Planning:
         if not one.devices or self._waits(one):
             return False
         try:
+            if self._is_back_soon(one, target):
+                return False
             one.target = await self._target(one, target, _to_use(one))
         except AllocationError as error:
             if one.draining and await self._without_room(one, target, error):
@@ -72,6 +75,22 @@ class Planning:
             one.found.say(c.PLANNED, holds=False, reason="Waiting", message=f"workers are starting: {names}")
         return True
 
+    def _is_back_soon(self, one: Pass, target: Target | None) -> bool:
+        """Whether all that differs from the question that was answered are workers that come back in a moment."""
+        missing = returning(one.spec, one.look)
+        if target is None or not missing:
+            one.memory.returning_since = None
+            return False
+        if one.memory.returning_since is None:
+            one.memory.returning_since = one.now
+        if one.now - one.memory.returning_since > COMING_S:
+            return False
+        former = {worker: device for worker in missing if (device := target.device(worker)) is not None}
+        assert one.members is not None  # noqa: S101  prepared
+        asked = question(one.spec, one.members, {**_to_use(one), **former}, one.measured, (), one.book.factors())
+        one.again(COMING_PERIOD_S)
+        return asked.identity in (target.question, target.examined)
+
     async def _without_room(self, one: Pass, target: Target | None, error: AllocationError) -> bool:
         """Nothing fits beside the worker that is to be replaced: plan with it; whether that works."""
         name = one.draining
@@ -85,7 +104,8 @@ class Planning:
 
     async def _target(self, one: Pass, before: Target | None, devices: Mapping[str, TargetDevice]) -> Target:
         assert one.members is not None  # noqa: S101  prepared
-        asked = question(one.spec, one.members, devices, one.measured, before.cells() if before is not None else ())
+        running = before.cells() if before is not None else ()
+        one.asked = asked = question(one.spec, one.members, devices, one.measured, running, one.book.factors())
         if before is not None and asked.identity in (before.question, before.examined):
             return before
         if one.memory.refused is not None and one.memory.refused[0] == asked.identity:

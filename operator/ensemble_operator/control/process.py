@@ -23,7 +23,7 @@ from ensemble_operator.control.errors import LeadershipLost, Unavailable
 from ensemble_operator.control.handlers import EnsembleWatch
 from ensemble_operator.control.health import Doors
 from ensemble_operator.control.kinds import ENSEMBLE, Key, Manifest, kind_of
-from ensemble_operator.control.lease import Effects, Leadership
+from ensemble_operator.control.lease import Effects, Leadership, end_process
 from ensemble_operator.control.logs import current_ensemble
 from ensemble_operator.control.metrics import Instruments, Sources
 from ensemble_operator.control.settings import Settings
@@ -44,9 +44,14 @@ Build = Callable[[World], Reconciles]
 
 
 class Operator:
-    """One process that may come to lead. `build` makes what reconciles. Made in the loop that it runs in."""
+    """One process that may come to lead. `build` makes what reconciles. Made in the loop that it runs in.
 
-    def __init__(self, cluster: Cluster, settings: Settings, build: Build) -> None:
+    `lost` is called when another one leads, or the loop is stuck: it must end all that goes on here.
+    """
+
+    def __init__(
+        self, cluster: Cluster, settings: Settings, build: Build, lost: Callable[[str], None] = end_process
+    ) -> None:
         namespace = settings.namespace or None
         self._cluster, self._settings = cluster, settings
         self._store, self._instruments = Store(), Instruments()
@@ -62,7 +67,7 @@ class Operator:
             cluster,
             settings.pod_namespace,
             settings.pod_name or f"{socket.gethostname()}-{os.getpid()}",
-            Effects(suspend=self._queue.pause, resume=self._queue.resume),
+            Effects(suspend=self._queue.pause, resume=self._queue.resume, lost=lost),
         )
         cluster.guard = self._leadership.require
         cluster.on_written = self._written

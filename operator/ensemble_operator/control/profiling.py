@@ -47,11 +47,12 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Measurer:
-    """A worker that can measure: its device's class, and what it measures or has measured."""
+    """A worker that can measure: its device's class and libraries, and what it measures or has measured."""
 
     worker: str
     device_class: str
     report: ProfileReport
+    libraries: str = ""
 
 
 def needs(
@@ -98,7 +99,7 @@ def assign(
     """
     jobs = {}
     spec = ensemble.spec
-    expected = sum(pool.count for pool in (spec.devices, *spec.extra_devices))
+    expected = sum(pool.count for pool in ensemble.pools)
     needed = [need for need in wanted if need.urgent] or list(wanted)
     for device_class in dict.fromkeys(need.device_class for need in needed):
         alike = [m for m in measurers if m.device_class == device_class]
@@ -125,7 +126,7 @@ def learn(book: Book, measurers: Iterable[Measurer], sizes: Sequence[int], now: 
     """The book with what workers have found out. `sizes` are the batch sizes that the ensemble allows."""
     for measurer in measurers:
         for result in measurer.report.results:
-            before = book.of(result.digest, measurer.device_class)
+            before = book.of(result.digest, measurer.device_class, measurer.libraries)
             after = _learnt(before, measurer.report.id or "", result, min(sizes), sizes, now)
             if after != before:
                 book = book.with_known(result.digest, after)
@@ -150,7 +151,7 @@ def measured(
             said = declared(member, device_class).points if is_asked_for else ()
             failed = is_asked_for and _failure(member, known, device_class, now)
             points = () if failed else said or known.points or known.declared
-            overhead = known.overhead_bytes or book.idle.get(device_class, 0)
+            overhead = known.overhead_bytes or book.idle_bytes(device_class)
             found[member.name, device_class] = Measurement(known.signature or Signature(), points, overhead)
     return found
 

@@ -15,6 +15,7 @@ from ensemble_operator.control.kinds import (
     NETWORK_POLICY,
     NODE,
     POD,
+    RESOURCE_CLAIM,
     RESOURCE_SLICE,
     SECRET,
     SERVICE,
@@ -50,7 +51,11 @@ _OTHERS: tuple[tuple[Kind, str, tuple[str, ...]], ...] = (
 # Where it runs, not where the ensembles are.
 _OWN: tuple[tuple[Kind, tuple[str, ...]], ...] = ((LEASE, ("get", "create", "update")),)
 # Only with rights in the whole cluster: to say which devices are free.
-_CLUSTER: tuple[tuple[Kind, tuple[str, ...]], ...] = ((NODE, ("list",)), (RESOURCE_SLICE, ("list",)))
+_CLUSTER: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    (NODE, ("list",)),
+    (RESOURCE_SLICE, ("list",)),
+    (RESOURCE_CLAIM, ("list",)),
+)
 
 
 def rules(*, cluster_wide: bool = True) -> list[Rule]:

@@ -80,6 +80,7 @@ class Reconciler:
         try:
             if await self._measuring.go_on(one) and await self._planning.go_on(one):
                 await self._rolling.go_on(one)
+                await self._measuring.share(one)
             else:
                 await self._rolling.keep(one)
         finally:

@@ -8,8 +8,8 @@ from ensemble_operator.allocation.errors import InvalidProblem
 from ensemble_operator.bar import Bar
 from ensemble_operator.load.live import Trials
 from ensemble_operator.load.stage import stage_options, staged
-from ensemble_operator.profiles.held import held_bytes
-from ensemble_operator.profiles.measurements import agreed_tensors, planning_problem
+from ensemble_operator.profiles.held import serving_problem
+from ensemble_operator.profiles.measurements import agreed_tensors
 from ensemble_operator.profiles.profiling import Profiled
 from ensemble_operator.profiles.serving_cost import (
     KeptCosts,
@@ -57,12 +57,7 @@ async def serving_cost(
     if known is not None:
         return known
     try:
-        problem = planning_problem(
-            devices,
-            measured,
-            headroom=ensemble.spec.devices.memory_headroom,
-            held_bytes=held_bytes(ensemble, devices),
-        )
+        problem = serving_problem(ensemble, devices, measured)
     except InvalidProblem:
         return None
     layouts = layouts_to_measure(problem)

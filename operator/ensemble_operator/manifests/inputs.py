@@ -45,14 +45,14 @@ class Children:
 
     def __post_init__(self) -> None:
         """Check that every pool has its count."""
-        pools = 1 + len(self.ensemble.spec.extra_devices)
+        pools = len(self.pools)
         if len(self.replicas) != pools:
             raise ValueError(f"replicas: {len(self.replicas)} counts for {pools} pools of {self.ensemble.name}")
 
     @property
     def pools(self) -> tuple[Devices, ...]:
         """Pool 0 is `devices`, those from 1 are `extraDevices`."""
-        return (self.ensemble.spec.devices, *self.ensemble.spec.extra_devices)
+        return self.ensemble.pools
 
 
 @dataclass(frozen=True, slots=True)

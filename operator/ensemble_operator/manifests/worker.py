@@ -42,9 +42,11 @@ UNREACHABLE_S = 30
 GPU_WORKER_REQUESTS = {"cpu": "1", "memory": "4Gi"}
 _NODE_TROUBLES = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 # Importing torch from a cold disk and making a CUDA context take long; loading a model holds the interpreter for long.
+# A pod that replaces another is Ready when it has loaded what that one had: a drain waits for it. Without a plan, and
+# whatever plans come later, it is Ready when it answers.
 _PROBES = {
     "startupProbe": admin_probe("/v1/health", period_s=1, timeout_s=2, failures=600),
-    "readinessProbe": admin_probe("/v1/health", period_s=5, timeout_s=3, failures=3),
+    "readinessProbe": admin_probe("/v1/health?loaded", period_s=5, timeout_s=3, failures=3),
     "livenessProbe": admin_probe("/v1/health", period_s=10, timeout_s=5, failures=12),
 }
 

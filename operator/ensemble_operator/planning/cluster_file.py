@@ -129,14 +129,16 @@ def classes_of(document: Document) -> list[str]:
 def composed(base: Document, inventory: Document | None, profiles: Document | None, source: str) -> Described:
     """The described cluster of a document, with the devices of an inventory and with profiles from elsewhere.
 
-    Where two say something of the same member, class and batch size, `profiles` wins over `base` over `inventory`.
-    Of an ensemble's batch sizes those are planned with that something is known about. Raises InvalidProblem, each
-    fault with `source` before it.
+    Where two say something of the same member, class and batch size, `profiles` wins over `base` over `inventory`; so
+    does its co-location factor of a class. Of an ensemble's batch sizes those are planned with that something is known
+    about. Raises InvalidProblem, each fault with `source` before it.
     """
     others = [document for document in (inventory, profiles) if document]
     merged = {key: value for key, value in base.items() if key != FAILURES}
     if inventory:
         merged["devices"] = inventory["devices"]
+    if profiles:
+        merged["devices"] = _with_factors(merged.get("devices"), profiles)
     if others:
         merged["profiles"] = _merged_profiles([d for d in (profiles, base, inventory) if d])
         merged["members"] = _with_facts(base.get("members", []), others)
@@ -145,6 +147,17 @@ def composed(base: Document, inventory: Document | None, profiles: Document | No
         return described(merged)
     except InvalidProblem as error:
         raise InvalidProblem([f"{source}: {fault}" for fault in error.faults]) from None
+
+
+def _with_factors(devices: object, profiles: Document) -> object:
+    """The devices with the co-location factors that the profiles tell of their classes."""
+    told = {repr(e.get("class")): e["colocation"] for e in _mappings(profiles.get("devices")) if "colocation" in e}
+    if not isinstance(devices, list):
+        return devices
+    return [
+        {**e, "colocation": told[key]} if isinstance(e, Mapping) and (key := repr(e.get("class"))) in told else e
+        for e in devices
+    ]
 
 
 def _mappings(entries: object) -> list[Document]:

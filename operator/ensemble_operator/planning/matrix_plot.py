@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from ensemble_operator.planning.matrix_table import lines_of
 
 MAX_SINGLE_DEVICES = 64
 MAX_LABELLED_CELLS = 1500
+CHARACTERS_AN_INCH = 11
 
 
 class PlotUnavailable(EnsembleError):
@@ -60,7 +62,8 @@ def plot_matrix(title: str, problem: Problem, plan: Plan, path: Path) -> None:
             size = sizes[at_line, at_member]
             color = "white" if np.log2(1 + size) > middle else "black"
             axes.text(at_member, at_line, f"{size:.0f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set_title(f"{title}: {plan.predicted_rows_per_s:.6g} rows/s, {plan.gap:.1%} below the bound")
+    figures = f"{plan.predicted_rows_per_s:.6g} rows/s, {plan.gap:.1%} below the bound"
+    axes.set_title("\n".join([*textwrap.wrap(title, int(CHARACTERS_AN_INCH * shape[0])), figures]), fontsize=10)
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:

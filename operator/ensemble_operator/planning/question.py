@@ -16,8 +16,9 @@ from ensemble_operator.bar import Bar
 from ensemble_operator.planning import cluster_file
 from ensemble_operator.planning.cluster_file import Document
 from ensemble_operator.planning.settings import options_of
-from ensemble_operator.profiles.held import held_bytes
-from ensemble_operator.profiles.measurements import UNMEASURED_OVERHEAD_BYTES, agreed_tensors, planning_problem
+from ensemble_operator.profiles.colocating import known_factors
+from ensemble_operator.profiles.held import held_bytes, serving_problem
+from ensemble_operator.profiles.measurements import UNMEASURED_OVERHEAD_BYTES, agreed_tensors
 from ensemble_operator.profiles.measuring import find_devices
 from ensemble_operator.profiles.profiling import Effort, colocation_factors, measured_members
 from ensemble_operator.profiles.progress_notes import MemberProgress
@@ -106,7 +107,7 @@ def _described(
 
 
 async def _machine(ensemble: InferenceEnsemble, sources: Sources, profiles: Document | None) -> Document:
-    """This machine's devices as an inventory, with the overhead that the profiles tell of their class."""
+    """This machine's devices as an inventory, with the overhead and the co-location factor known of their class."""
     devices = await find_devices(sources.cpu_devices)
     held = held_bytes(ensemble, devices)
     entries = cluster_file.device_entries(
@@ -118,7 +119,14 @@ async def _machine(ensemble: InferenceEnsemble, sources: Sources, profiles: Docu
         for e in (told if isinstance(told, list) else [])
         if isinstance(e, dict) and isinstance(e.get("class"), str) and isinstance(e.get("overheadMiB"), int)
     }
-    return {"devices": [{**e, "overheadMiB": known.get(e["class"], e["overheadMiB"])} for e in entries]}
+    factors = known_factors(devices, sources.cache_folder)
+    return {
+        "devices": [
+            {**e, "overheadMiB": known.get(e["class"], e["overheadMiB"])}
+            | ({"colocation": factors[e["class"]]} if e["class"] in factors else {})
+            for e in entries
+        ]
+    }
 
 
 async def _measured(ensemble: InferenceEnsemble, sources: Sources) -> Question:
@@ -135,13 +143,8 @@ async def _measured(ensemble: InferenceEnsemble, sources: Sources) -> Question:
         if not any(m.points for m in results):
             raise ModelUnavailable(f"member {member.name!r} ({member.model.uri}): {results[0].error}")
     tensors = agreed_tensors(ensemble, {name: m.signature for (name, _), m in measured.items() if m.points})
-    problem = planning_problem(
-        devices,
-        with_known_cost(measured, devices, tensors, sources.cache_folder),
-        headroom=spec.devices.memory_headroom,
-        held_bytes=held_bytes(ensemble, devices),
-        colocation=colocation,
-    )
+    served = with_known_cost(measured, devices, tensors, sources.cache_folder)
+    problem = serving_problem(ensemble, devices, served, colocation=colocation)
     label = " + ".join(f"{e['count']} x {e['class']}" for e in cluster_file.device_entries(devices, {}))
     return Question(ensemble.name, f"measured on this machine: {label}", ((label, problem),), spec.planning, here=True)
 

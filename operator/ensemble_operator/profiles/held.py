@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.api import InferenceEnsemble
-from ensemble_operator.profiles.measurements import Device
+from ensemble_operator.profiles.measurements import Device, Measurement, planning_problem
 
 ROW_CACHE_BYTES = 256 << 20
 
@@ -18,3 +19,24 @@ def held_bytes(ensemble: InferenceEnsemble, devices: Sequence[Device], row_cache
     cpus = sum(d.kind == "cpu" for d in devices)
     store_share = ensemble.spec.batching.max_queue_bytes // max(1, cpus)
     return {"cpu": store_share + row_cache_bytes, "cuda": ROW_CACHE_BYTES}
+
+
+def serving_problem(
+    ensemble: InferenceEnsemble,
+    devices: Sequence[Device],
+    measured: Mapping[tuple[str, str], Measurement],
+    *,
+    row_cache_bytes: int = 0,
+    colocation: Mapping[str, float] | None = None,
+) -> Problem:
+    """The problem of placing the members that were measured on devices of `ensemble serve`.
+
+    `row_cache_bytes` as for `held_bytes`, `colocation` as for `planning_problem`. Raises InvalidProblem.
+    """
+    return planning_problem(
+        devices,
+        measured,
+        headroom=ensemble.spec.devices.memory_headroom,
+        held_bytes=held_bytes(ensemble, devices, row_cache_bytes),
+        colocation=colocation,
+    )

@@ -6,20 +6,17 @@ Which entries are missing is decided by pure functions; `KeptProfiles` reads and
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
+from ensemble_contract.libraries import library_versions
 from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.profiles.files import keep, read_kept
 from ensemble_operator.profiles.measurements import Measurement
 
-# A profile of other versions of these is of another program.
-LIBRARIES = ("torch", "onnxruntime")
 # As the measuring process: a larger batch is worth its time only while the last one brought so much more.
 WORTHWHILE_GAIN = 1.02
 # What the time did not suffice for is tried again with at least so much more of it.
@@ -120,11 +117,7 @@ def key_of(
     source: ModelSource, device_class: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
 ) -> str:
     """What a profile depends on besides the batch size, as a file name. Precision is the tensors' and the digest's."""
-    versions = {}
-    for library in LIBRARIES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[library] = importlib.metadata.version(library)
-    parts = (source.digest, device_class, versions, inputs, outputs)
+    parts = (source.digest, device_class, library_versions(), inputs, outputs)
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 

@@ -17,8 +17,8 @@ from ensemble_operator.api import InferenceEnsemble
 from ensemble_operator.bar import Bar
 from ensemble_operator.plans import model_source
 from ensemble_operator.profiles.colocating import Colocating, fullest_rows
-from ensemble_operator.profiles.held import held_bytes
-from ensemble_operator.profiles.measurements import Device, Measurement, agreed_tensors, declared, planning_problem
+from ensemble_operator.profiles.held import serving_problem
+from ensemble_operator.profiles.measurements import Device, Measurement, agreed_tensors, declared
 from ensemble_operator.profiles.measuring import Measurer, Task, find_devices
 from ensemble_operator.profiles.progress_notes import MemberProgress
 
@@ -127,12 +127,7 @@ async def colocation_factors(
         return {}
     signatures = {name: found.signature for (name, _), found in measured.items() if found.points}
     try:
-        problem = planning_problem(
-            devices,
-            measured,
-            headroom=ensemble.spec.devices.memory_headroom,
-            held_bytes=held_bytes(ensemble, devices),
-        )
+        problem = serving_problem(ensemble, devices, measured)
     except InvalidProblem:
         return {}  # nothing could be measured on some class; whoever plans says so
     rows = fullest_rows(problem)

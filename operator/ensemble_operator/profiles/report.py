@@ -10,8 +10,7 @@ from rich.text import Text
 
 from ensemble_operator.allocation.errors import MIB, InvalidProblem
 from ensemble_operator.planning.cluster_file import FAILURES, device_entries, overheads, profile_entries
-from ensemble_operator.profiles.held import held_bytes
-from ensemble_operator.profiles.measurements import planning_problem
+from ensemble_operator.profiles.held import serving_problem
 from ensemble_operator.profiles.profiling import Profiled
 from ensemble_operator.profiles.serving_cost import ServingCost
 
@@ -83,9 +82,7 @@ def profile_document(profiled: Profiled) -> dict[str, Any]:
 
 def _overheads(profiled: Profiled) -> dict[str, int]:
     ensemble, devices = profiled.ensemble, profiled.devices
-    held = held_bytes(ensemble, devices)
-    headroom = ensemble.spec.devices.memory_headroom
     try:
-        return overheads(planning_problem(devices, profiled.measured, headroom=headroom, held_bytes=held))
+        return overheads(serving_problem(ensemble, devices, profiled.measured))
     except InvalidProblem:
         return {}  # nothing could be measured on some class: the usual overhead stands for it

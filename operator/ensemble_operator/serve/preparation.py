@@ -19,13 +19,13 @@ from ensemble_operator.api import InferenceEnsemble, cluster_only
 from ensemble_operator.errors import EnsembleError
 from ensemble_operator.planning.settings import options_of
 from ensemble_operator.plans import Tensors, model_source
-from ensemble_operator.profiles.held import ROW_CACHE_BYTES, held_bytes
+from ensemble_operator.profiles.colocating import known_factors
+from ensemble_operator.profiles.held import ROW_CACHE_BYTES, serving_problem
 from ensemble_operator.profiles.measurements import (
     Device,
     Measurement,
     agreed_tensors,
     declared,
-    planning_problem,
     sizes_to_measure,
 )
 from ensemble_operator.profiles.measuring import Measurer, Task, find_devices
@@ -127,12 +127,16 @@ async def plan_for(
     signatures = {name: m.signature for (name, _), m in measured.items() if m.points}
     inputs, outputs = agreed_tensors(ensemble, signatures)
     served = with_known_cost(measured, devices, (inputs, outputs), options.cache_folder)
-    held = held_bytes(ensemble, devices, ROW_CACHE_BYTES if options.link == "zeromq" else 0)
-    problem = planning_problem(devices, served, headroom=ensemble.spec.devices.memory_headroom, held_bytes=held)
+    cache, factors = ROW_CACHE_BYTES if options.link == "zeromq" else 0, known_factors(devices, options.cache_folder)
+    problem = serving_problem(ensemble, devices, served, row_cache_bytes=cache, colocation=factors)
     # Every member on every device, where memory allows: the gateway then runs members side by side for one client, and
     # spreads the rows of many.
     wanted = options_of(ensemble.spec.planning, copies=len(devices))
     found = await asyncio.to_thread(plan, problem, wanted, clock=time.monotonic)
+    if unmeasured := _shared_unmeasured(problem, found.matrix):
+        teller.note(
+            f"planned as if members shared {', '.join(unmeasured)} perfectly: `ensemble profile` measures how they do"
+        )
     tensors = Tensors(inputs, outputs, labels)
     by_name = {d.name: d for d in devices}
     rates = (found.predicted_rows_per_s, found.bound_rows_per_s)
@@ -191,6 +195,12 @@ def check_quorum(ensemble: InferenceEnsemble, causes: Mapping[str, str], sources
         lines.append(known)
     lines.append(f"{able} of {len(members)} members can be loaded, and spec.combine.quorum needs {quorum}")
     raise ModelUnavailable("\n".join(lines))
+
+
+def _shared_unmeasured(problem: Problem, matrix: Matrix) -> list[str]:
+    """Classes of GPU on which members share a device, and whose co-location factor nobody has measured."""
+    shared = (d for index, d in enumerate(problem.devices) if d.kind == "cuda" and len(matrix.row(index)) > 1)
+    return [name for name in dict.fromkeys(d.device_class for d in shared) if name not in problem.colocation]
 
 
 def _say_what_is_set_aside(ensemble: InferenceEnsemble, teller: Teller) -> None:

@@ -19,6 +19,9 @@ from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.allocation.worstfit import worst_fit
 from tests.unit.allocation.problems import MIB, misfits
 
+# Searches and programs: seconds of computing, which may be minutes on a machine that is busy.
+pytestmark = pytest.mark.timeout(600)
+
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples" / "planning").glob("*.yaml"))
 
 GOOD: dict[str, Any] = {

@@ -21,6 +21,9 @@ from ensemble_operator.allocation.throughput import rows_per_s
 from ensemble_operator.allocation.worstfit import worst_fit
 from tests.unit.allocation.problems import MIB, every_matrix, misfits, problems, random_problem
 
+# Searches and programs: seconds of computing, which may be minutes on a machine that is busy.
+pytestmark = pytest.mark.timeout(600)
+
 QUICK = PlanOptions(max_iterations=3, max_neighbours=30, time_limit_s=2.0)
 
 

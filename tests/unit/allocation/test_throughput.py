@@ -21,6 +21,9 @@ from ensemble_operator.allocation.throughput import earnings, rows_per_s, solve,
 from ensemble_operator.allocation.worstfit import fill, worst_fit
 from tests.unit.allocation.problems import MIB, problems, random_problem
 
+# Searches and programs: seconds of computing, which may be minutes on a machine that is busy.
+pytestmark = pytest.mark.timeout(600)
+
 
 def small(rates: dict[str, float], devices: int, colocation: float = 1.0) -> Problem:
     profiles = tuple(Profile(m, "gpu", 1, rate, 1 / rate, MIB) for m, rate in rates.items())

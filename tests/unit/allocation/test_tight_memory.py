@@ -20,6 +20,9 @@ from ensemble_operator.allocation.throughput import solve
 from ensemble_operator.allocation.worstfit import worst_fit
 from tests.unit.allocation.problems import misfits, random_problem
 
+# Searches and programs: seconds of computing, which may be minutes on a machine that is busy.
+pytestmark = pytest.mark.timeout(600)
+
 MIB = 1 << 20
 
 

@@ -70,15 +70,30 @@ def test_cpu_devices_need_cores_and_memory() -> None:
 
 
 def test_published_devices_are_counted_by_driver_with_their_memory() -> None:
-    device = {
-        "name": "gpu-0",
-        "attributes": {"productName": {"string": "H100"}},
-        "capacity": {"memory": {"value": "81559Mi"}},
-    }
-    published = {"spec": {"driver": "gpu.nvidia.com", "nodeName": "n1", "devices": [device, device]}}
-    other = {"spec": {"driver": "net.example.com", "nodeName": "n1", "devices": [device]}}
-    found = supply(ClusterView([node("n1")], [], [published, other]), replace(POOL, device_class="gpu.nvidia.com"))
+    devices = [
+        {
+            "name": f"gpu-{number}",
+            "attributes": {"productName": {"string": "H100"}},
+            "capacity": {"memory": {"value": "81559Mi"}},
+        }
+        for number in range(3)
+    ]
+
+    def published(driver: str, where: str) -> dict[str, Any]:
+        return {"spec": {"driver": driver, "nodeName": where, "pool": {"name": where}, "devices": devices}}
+
+    slices = [
+        published("gpu.nvidia.com", "n1"),
+        published("gpu.nvidia.com", "n2"),
+        published("net.example.com", "n1"),
+    ]
+    results = [{"driver": driver, "pool": "n1", "device": "gpu-1"} for driver in ("gpu.nvidia.com", "net.example.com")]
+    claims = [{"status": {"allocation": {"devices": {"results": results}}}}, {"status": {}}, {"status": None}]
+    nodes = [node("n1"), {**node("n2"), "spec": {"unschedulable": True}}]
+    found = supply(ClusterView(nodes, [], slices, claims), replace(POOL, device_class="gpu.nvidia.com"))
     assert found.free == {"H100 (81559 MiB)": 2}
+    assert found.total == 3
+    assert found.left_out == {"cordoned": 1}
 
 
 def test_a_shortage_says_held_free_and_needed() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ensemble_operator.control.book import FIRST_RETRY_S, Book, read_book, write_book
+import msgspec
+
+from ensemble_operator.control.book import FIRST_RETRY_S, MAX_CLASSES, Book, Known, read_book, write_book
 from ensemble_operator.control.planning import wanted_sources
 from ensemble_operator.control.profiling import (
     Measurer,
@@ -24,6 +26,7 @@ FIVE = ensemble("a", "b", "c", "d", "e")
 SOURCES = wanted_sources(FIVE)
 DIGEST = {name: source.digest for name, source in SOURCES.items()}
 IDLE = ProfileReport()
+OLD, NEW = "torch 2.9.1", "torch 2.10.0"
 
 
 def result(member: str, *sizes: int, finished: bool = True, error: str | None = None) -> ProfileResult:
@@ -138,8 +141,54 @@ def test_measuring_what_nobody_wants_is_obsolete() -> None:
 
 
 def test_an_idle_workers_memory_is_kept_as_first_seen() -> None:
-    book = Book().with_idle(CLASS, 1000).with_idle(CLASS, 1010)
-    assert book.idle == {CLASS: 1000}
+    book = Book().with_idle(CLASS, OLD, 1000).with_idle(CLASS, OLD, 1010)
+    assert book.idle_bytes(CLASS) == 0
+    assert book.with_running([(CLASS, OLD)]).idle_bytes(CLASS) == 1000
+    assert book.with_running([(CLASS, NEW)]).idle_bytes(CLASS) == 0
+    assert read_book(write_book(book)) == book
+
+
+def test_what_another_torch_has_measured_counts_for_nothing() -> None:
+    """A new image of the workers has all of it measured again, on those that have the image."""
+    book = Book().with_known(DIGEST["a"], msgspec.structs.replace(known(1, 8, 32), libraries=OLD))
+    both = ensemble("a")
+    sources = wanted_sources(both)
+    before, after = book.with_running([(CLASS, OLD)]), book.with_running([(CLASS, NEW), (CLASS, OLD)])
+    assert needs(both, sources, [CLASS], before, 0.0).now == ()
+    assert [(n.member, n.urgent) for n in needs(both, sources, [CLASS], after, 0.0).now] == [("a", True)]
+    assert measured(both, sources, [CLASS], after, 0.0)["a", CLASS].points == ()
+    report = ProfileReport("7", "done", (result("a", 1),))
+    learnt = learn(after, [Measurer("w1", CLASS, report, OLD)], [1, 8, 32], 0.0)
+    assert learnt.of(DIGEST["a"], CLASS).points == (), "what an old worker says is of the old image"
+    learnt = learn(after, [Measurer("w0", CLASS, report, NEW)], [1, 8, 32], 0.0)
+    assert [point.rows_per_s for point in learnt.of(DIGEST["a"], CLASS).points] == [100.0]
+    assert [d for d, _ in learnt.current()] == [DIGEST["a"]]
+    assert read_book(write_book(learnt)).known == learnt.known
+
+
+def test_without_a_worker_what_was_known_last_counts() -> None:
+    """All of them may be starting again: that is no reason to plan anew."""
+    book = Book().with_known(DIGEST["a"], msgspec.structs.replace(known(1), libraries=OLD)).with_running([])
+    assert [p.batch_size for p in book.of(DIGEST["a"], CLASS).points] == [1]
+
+
+def test_the_book_does_not_grow() -> None:
+    """An image goes when what it measured is known anew; classes that nobody has are kept, but not many."""
+    old, new = (msgspec.structs.replace(known(1), libraries=libraries) for libraries in (OLD, NEW))
+    book = Book().with_known("a", old).with_idle(CLASS, OLD, 1).with_running([(CLASS, NEW)])
+    assert book.only(["a"]).known == book.known, "until it is known anew"
+    measured_anew = book.with_known("a", new).with_idle(CLASS, NEW, 2).only(["a"])
+    assert set(measured_anew.known) == {("a", CLASS, NEW)}
+    assert measured_anew.idle == {(CLASS, NEW): 2}
+    mixed = book.with_known("a", new).with_running([(CLASS, NEW), (CLASS, OLD)])
+    assert mixed.only(["a"]).known == mixed.known, "while pods are replaced one after the other"
+    assert mixed.only(["b"]).known == {}
+    for number in range(3 * MAX_CLASSES):
+        mixed = mixed.with_known("a", Known(f"class-{number}", NEW)).with_idle(f"class-{number}", NEW, 1)
+    kept = {device_class for _, device_class, _ in mixed.only(["a"]).known}
+    assert len(kept) == MAX_CLASSES
+    assert CLASS in kept
+    assert {device_class for device_class, _ in mixed.only(["a"]).idle} <= kept
 
 
 def test_a_damaged_book_is_not_believed() -> None:
