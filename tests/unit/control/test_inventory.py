@@ -88,7 +88,11 @@ def test_published_devices_are_counted_by_driver_with_their_memory() -> None:
         published("net.example.com", "n1"),
     ]
     results = [{"driver": driver, "pool": "n1", "device": "gpu-1"} for driver in ("gpu.nvidia.com", "net.example.com")]
-    claims = [{"status": {"allocation": {"devices": {"results": results}}}}, {"status": {}}, {"status": None}]
+    claims: list[dict[str, Any]] = [
+        {"status": {"allocation": {"devices": {"results": results}}}},
+        {"status": {}},
+        {"status": None},
+    ]
     nodes = [node("n1"), {**node("n2"), "spec": {"unschedulable": True}}]
     found = supply(ClusterView(nodes, [], slices, claims), replace(POOL, device_class="gpu.nvidia.com"))
     assert found.free == {"H100 (81559 MiB)": 2}
