@@ -104,6 +104,12 @@ def ended(client: Client, record: Callable[[str], None]) -> Ended:
     return requests_since
 
 
+def has_workers(ensemble: Ensemble, count: int) -> None:
+    """Wait until it has settled on so many devices, and the pods of others are gone."""
+    ensemble.settled(count)
+    until(lambda: len(ensemble.pods("worker")) == count, 120, f"{count} workers", ensemble.explanation)
+
+
 def replicated(ensemble: Ensemble) -> None:
     """Give it more devices than it needs, and wait until each member has two instances."""
     ensemble.apply(spec_of(URIS, EQUAL, REPLICATED))
@@ -140,8 +146,7 @@ def test_devices_up_and_down_fail_no_request(ensemble: Ensemble, client: Client,
     for count in (REPLICATED, 2):
         target = f"inferenceensemble/{ensemble.name}"
         ensemble.cluster.kubectl("scale", target, f"--replicas={count}", "-n", ensemble.namespace)
-        ensemble.settled(count)
-        until(lambda count=count: len(ensemble.pods("worker")) == count, 120, f"{count} pods")  # type: ignore[misc]
+        has_workers(ensemble, count)
     found = ended(then, "devices up and down")
     assert set(found.factors) == {factor_of(FACTORS, EQUAL)}
     assert not found.harms, found
@@ -237,7 +242,7 @@ def test_a_node_that_is_cut_off_is_replaced(
     cluster, node = ensemble.cluster, nodes[1]
     # A drain has left all on the other node: those that come anew are spread.
     ensemble.apply(spec_of(URIS, EQUAL, 2))
-    ensemble.settled(2)
+    has_workers(ensemble, 2)
     replicated(ensemble)
     where = {name: pod["spec"]["nodeName"] for name, pod in ensemble.pods("worker").items()}
     assert set(where.values()) == set(nodes)

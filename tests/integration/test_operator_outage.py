@@ -25,7 +25,7 @@ ROW = [0.5] * 64
 # Keys are drawn anew each time, and the plan is compared by its parts.
 KINDS = tuple(kind for kind in OWNED if kind not in ("Secret", "ConfigMap"))
 # Longer than the lease, and than every time limit of one request.
-AWAY_S = 32.0
+AWAY_S = 60.0
 RECOVERY_S = 120.0
 # So long without another plan, and nothing is under way any more.
 REST_S = 3.0

@@ -78,8 +78,8 @@ class Book:
     """All that is known, by (digest, device class, libraries).
 
     `idle` is an idle worker's memory by (class, libraries), once seen kept, `sharing` what members get done that share
-    a device. `running` has the libraries of the workers
-    of each class that are there: the first ones are those that count, others leave with their pods.
+    a device. `running` has the libraries of the workers of each class that are there: the first ones are those that
+    count, others leave with their pods.
     """
 
     known: Mapping[tuple[str, str, str], Known] = field(default_factory=dict)
