@@ -6,9 +6,10 @@ What it is told are the events that links and clients cause; the clock is its at
 from __future__ import annotations
 
 from collections import Counter
+from math import inf
 
 from ensemble_contract.wire import LiveInstance, State
-from ensemble_gateway.batches import FUSE_S, Batch
+from ensemble_gateway.batches import FUSE_FULL_S, FUSE_S, Batch
 from ensemble_gateway.dispatcher import Dispatcher
 from ensemble_gateway.lanes import Lane
 from ensemble_gateway.queues import Request, bits
@@ -69,7 +70,8 @@ class Ledger:
             if any(entry.alone for entry in batch.entries):
                 assert len(batch.entries) == len(batch.instances) == 1
             if len(batch.instances) > 1:
-                assert batch.expected_s <= FUSE_S * 1.001
+                is_full = batch.rows == batch.instances[0].batch_size
+                assert batch.expected_s <= (FUSE_FULL_S if is_full else FUSE_S) * 1.001
             self.running[batch.id] = batch
             for row in _rows_of(batch):
                 assert row[0] in self.open, "rows of a finished request are not given out"
@@ -107,10 +109,10 @@ class Ledger:
         self._take_back(batch)
         return self._end(self.dispatcher.retry(batch, blame=False))
 
-    def lose(self, worker: str) -> list[Request]:
-        """A worker is gone."""
+    def lose(self, worker: str, well_until: float = inf) -> list[Request]:
+        """A worker is gone; what it was given after `well_until` is not why."""
         self._give_up(worker)
-        return self._end(self.dispatcher.lost(worker))
+        return self._end(self.dispatcher.lost(worker, well_until=well_until))
 
     def update(self, state: State) -> list[Request]:
         """A worker says what it can run: batches of instances that it has no more are given up."""

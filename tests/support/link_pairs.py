@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from itertools import count
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +191,7 @@ class Gateway:
         self.failed.append(failed)
         self._free_all(batch)
 
-    def worker_lost(self, worker: str, reason: str, *, blame: bool) -> None:
+    def worker_lost(self, worker: str, reason: str, *, blame: bool, well_until: float = inf) -> None:
         assert worker == NAME
         self.lost.append(reason)
         for batch, _ in list(self.in_flight.values()):

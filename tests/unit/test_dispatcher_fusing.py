@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ensemble_contract.wire import LiveInstance, State
-from ensemble_gateway.batches import FUSE_S, SHARE_S, fuse_limit_s
+from ensemble_gateway.batches import FUSE_FULL_S, FUSE_S, SHARE_S, fuse_limit_s
 from tests.support.dispatch_ledger import Ledger, admitted, given, given_together, hosting, member_of
 
 TINY_S = 0.00001
@@ -45,6 +45,18 @@ def test_what_takes_longer_than_the_limit_is_not_added() -> None:
     ledger = ledger_with("w0", row_s=FUSE_S * 0.3)
     admitted(ledger)
     assert [len(members) for _, members, _ in given_together(ledger.assign())] == [3, 1]
+
+
+def test_a_full_batch_may_take_longer() -> None:
+    ledger = ledger_with("w0", row_s=FUSE_FULL_S * 0.3 / 8)
+    admitted(ledger, 8)
+    assert given_together(ledger.assign()) == [("w0", (0, 1, 2), 8), ("w0", (3,), 8)]
+
+
+def test_a_batch_that_is_not_full_may_not() -> None:
+    ledger = ledger_with("w0", row_s=FUSE_FULL_S * 0.3 / 7)
+    admitted(ledger, 7)
+    assert all(len(members) == 1 for _, members, _ in given_together(ledger.assign()))
 
 
 def test_members_that_take_long_run_by_themselves() -> None:
@@ -261,4 +273,4 @@ def test_where_the_other_lane_is_busy_all_go_to_the_idle_one() -> None:
     ],
 )
 def test_the_limit_makes_equal_parts_that_are_worth_a_message(work_s: float, lanes: int, limit_s: float) -> None:
-    assert fuse_limit_s(work_s, lanes) == pytest.approx(limit_s)
+    assert fuse_limit_s(work_s, lanes, FUSE_S) == pytest.approx(limit_s)

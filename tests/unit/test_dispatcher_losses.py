@@ -37,6 +37,24 @@ def test_rows_that_lose_two_workers_fail_with_both_names() -> None:
     assert request.failure.message == f"member m0: its rows lost two workers, {names}"
 
 
+def test_rows_that_were_given_to_a_worker_that_had_fallen_silent_already_are_not_blamed() -> None:
+    """All workers of a node that is gone: the second is given the rows before anybody knows of it."""
+    ledger = Ledger(1)
+    for worker in ("w0", "w1"):
+        hosting(ledger, worker, 0)
+    silent_since = ledger.now
+    request = admitted(ledger)
+    (batch,) = ledger.assign()
+    ledger.now += 3.0
+    assert ledger.lose(batch.lane.worker, silent_since + 1.0) == []
+    (again,) = ledger.assign()
+    ledger.now += 0.5
+    assert ledger.lose(again.lane.worker, silent_since + 1.0) == []
+    hosting(ledger, "w2", 0)
+    (last,) = ledger.assign()
+    assert ledger.answer(last, 0.01) == [request]
+
+
 def test_a_batch_that_was_only_queued_behind_a_poisonous_one_is_not_blamed() -> None:
     ledger = Ledger(1)
     hosting(ledger, "w0", 0, size=1)

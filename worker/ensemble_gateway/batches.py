@@ -11,6 +11,8 @@ from ensemble_gateway.queues import Entry, Queues, Request
 # Members of one lane that wait with the same rows run as one batch while it is expected to take no longer than this:
 # sending, waking and answering cost as much as a tiny network.
 FUSE_S = 0.001
+# And so long with as many rows as they ever have: such a batch would not become more efficient by waiting for more.
+FUSE_FULL_S = 0.002
 # Where other lanes are idle, they share such work in equal parts of at least this: below, a message costs more than it
 # gains.
 SHARE_S = 0.00015
@@ -35,10 +37,10 @@ class Batch:
         return [(start, rows) for _, start, rows, _, _ in self.entries]
 
 
-def fuse_limit_s(work_s: float, lanes: int) -> float:
+def fuse_limit_s(work_s: float, lanes: int, most_s: float) -> float:
     """How long a batch of several members may take where so much work waits, and so many lanes could share it."""
     parts = min(lanes, int(work_s / SHARE_S)) or 1
-    return FUSE_S if parts == 1 else min(FUSE_S, work_s / parts)
+    return most_s if parts == 1 else min(most_s, work_s / parts)
 
 
 def fuse(

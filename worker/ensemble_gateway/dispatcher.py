@@ -163,10 +163,13 @@ class Dispatcher:
         self._expected &= ~self._lanes.alive
         return self._finish_without_dead(alive)
 
-    def lost(self, worker: str, *, blame: bool = True) -> list[Request]:
-        """A worker is gone and all its rows are queued again; with `blame`, what each lane was running may be why."""
+    def lost(self, worker: str, *, blame: bool = True, well_until: float = inf) -> list[Request]:
+        """A worker is gone and all its rows are queued again.
+
+        With `blame`, what each lane was running may be why, unless it was given out after `well_until`.
+        """
         self._states.pop(worker, None)
-        return self._lose(worker, None, blame=blame)
+        return self._lose(worker, None, well_until if blame else -inf)
 
     def take(self, batch_id: int, now: float) -> Batch | None:
         """The batch that a worker has finished or failed; None when it was given up before."""
@@ -276,11 +279,15 @@ class Dispatcher:
             return []
         return [request for request in list(self.deadlines) if self._complete(request)]
 
-    def _lose(self, worker: str, blamed: Lane | None, *, blame: bool = True) -> list[Request]:
-        """A worker's rows are queued again; the first batch of each lane is blamed, except where one was already."""
+    def _lose(self, worker: str, blamed: Lane | None, well_until: float = inf) -> list[Request]:
+        """A worker's rows are queued again.
+
+        The first batch of each lane is blamed, except where one was already, and for what came after `well_until`.
+        """
         alive = self._lanes.alive
         lanes = self._lanes.replace(worker, [])
-        guilty = {next(iter(lane.batches), 0) for lane in lanes if blame and lane is not blamed}
+        first = [next(iter(lane.batches.values()), None) for lane in lanes if lane is not blamed]
+        guilty = {batch.id for batch in first if batch is not None and batch.dispatched_at <= well_until}
         finished: list[Request] = []
         # The newest first, because each goes to the head of its queue.
         for batch in sorted([b for lane in lanes for b in lane.batches.values()], key=lambda b: b.id, reverse=True):

@@ -186,9 +186,16 @@ class Engine:
             batch.entries[0].request.owner.batch_failed(batch.instances[0].member)
         self._finished += self.dispatcher.fail(batch, failed.text)
 
-    def worker_lost(self, worker: str, reason: str, *, blame: bool) -> None:  # noqa: ARG002  # the link logs the reason
+    def worker_lost(
+        self,
+        worker: str,
+        reason: str,  # noqa: ARG002  # the link logs it
+        *,
+        blame: bool,
+        well_until: float = math.inf,
+    ) -> None:
         """A worker is gone: its rows go elsewhere."""
-        self._finished += self.dispatcher.lost(worker, blame=blame)
+        self._finished += self.dispatcher.lost(worker, blame=blame, well_until=well_until)
         self._tell()
 
     def settled(self) -> None:

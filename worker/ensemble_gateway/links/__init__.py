@@ -7,6 +7,7 @@ owner what the worker can run, what it has answered, and that it was lost.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,10 +34,11 @@ class LinkOwner(Protocol):
     def worker_failed(self, failed: Failed) -> None:
         """A batch could not be run."""
 
-    def worker_lost(self, worker: str, reason: str, *, blame: bool) -> None:
+    def worker_lost(self, worker: str, reason: str, *, blame: bool, well_until: float = inf) -> None:
         """A worker that had told its State is gone; the link has logged why, and goes on trying to reach it.
 
-        With `blame`, what it was running may be the reason: it has not said goodbye.
+        With `blame`, what it was running may be the reason: it has not said goodbye. Not so what it was given after
+        `well_until`, when it had fallen silent already: all workers of a node that is gone do so at once.
         """
 
     def settled(self) -> None:

@@ -101,7 +101,7 @@ class ZeroMQLink:
         if not self._closed:
             self._beat = self._loop.call_later(RECONNECT_S, self.start)
         if connected:
-            self._owner.worker_lost(self.worker, reason, blame=blame)
+            self._owner.worker_lost(self.worker, reason, blame=blame, well_until=self._heard_at + HEARTBEAT_S)
             self._owner.settled()
 
     def close(self) -> None:
