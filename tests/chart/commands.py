@@ -1,9 +1,9 @@
-"""The commands of the documents, and who runs them: the journey of tests/cluster/test_documents.py, or another test."""
+"""The commands of the documents, and the order in which the journey of tests/cluster/test_documents.py runs them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,14 +34,6 @@ LEFT_OUT = {
     "docker build ": "wants docker; the images under test have the CPU build of torch",
     "make digits": "the journey has the same script train into a folder of its own",
     "make cluster-test": "is a test itself",
-}
-# Commands of other documents, by how they begin, and the tests that run such.
-ELSEWHERE: Mapping[str, str] = {
-    "ensemble plan ": "tests/unit/test_plan_command.py",
-    "ensemble profile ": "tests/integration/test_profile_command.py",
-    "ensemble bench ": "tests/integration/test_bench_command.py",
-    "ensemble serve ": "tests/integration/test_serve_command.py",
-    "python -m benchmarks.": "tests/integration/test_benchmark_smoke.py",
 }
 
 

@@ -47,6 +47,11 @@ class Cluster:
         """The reference of one of our images."""
         return f"{self.registry}/{target}:{self.tag}"
 
+    @property
+    def chart_values(self) -> str:
+        """Our images as values of the chart, for `--set`."""
+        return f"images.registry={self.registry},images.tag={self.tag}"
+
     def kubectl(self, *arguments: str, content: object = None, check: bool = True, timeout_s: float = 60) -> str:
         """What kubectl prints; its failure is the test's. `content` is sent as JSON."""
         return self._run("kubectl", *arguments, content=content, check=check, timeout_s=timeout_s)

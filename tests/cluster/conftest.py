@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from tests.cluster.cluster import CHART, RESTRICTED, Cluster
+from tests.cluster.serving import Asked, Client, Ended
 
 RECORD = pytest.StashKey[list[str]]()
 
@@ -53,15 +55,41 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
+@contextmanager
+def released(cluster: Cluster, system: str, name: str = "ensembles", *values: str) -> Iterator[None]:
+    """A release of the chart in the namespace `system`, which goes with it; `values` as for `--set`."""
+    where = ("--namespace", system, "--wait", "--timeout", "120s")
+    try:
+        cluster.helm("install", name, str(CHART), *where, "--set", ",".join((cluster.chart_values, *values)))
+        yield
+        cluster.helm("uninstall", name, "--namespace", system, "--wait", "--ignore-not-found")
+    finally:
+        cluster.kubectl("delete", "namespace", system, "--wait=false")
+
+
 @pytest.fixture(scope="module")
 def system(cluster: Cluster) -> Iterator[str]:
     """The namespace of a release `ensembles` of the chart, with two operators."""
     name = restricted_namespace(cluster, "system")
-    images = f"images.registry={cluster.registry},images.tag={cluster.tag}"
-    where = ("--namespace", name, "--wait", "--timeout", "120s")
-    try:
-        cluster.helm("install", "ensembles", str(CHART), *where, "--set", f"{images},replicas=2")
+    with released(cluster, name, "ensembles", "replicas=2"):
         yield name
-        cluster.helm("uninstall", "ensembles", "--namespace", name, "--wait", "--ignore-not-found")
-    finally:
-        cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def ended(client: Client, record: Callable[[str], None]) -> Ended:
+    """Called with the tally before a change and its name: what became of requests since, with a hundred after it.
+
+    The requests are those of the `client` of the module.
+    """
+
+    def requests_since(then: Asked, what: str) -> Asked:
+        client.goes_on()
+        found = client.asked().since(then)
+        shown = ", ".join(f"{outcome} {count}" for outcome, count in found.outcomes.items())
+        record(f"{what}: {shown}; times the question: {dict(found.factors)}")
+        for error in found.errors if found.harms else ():
+            record(f"    {error}")
+        assert not found.outcomes["wrong"], found
+        return found
+
+    return requests_since

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,10 @@ class Asked:
     def harms(self) -> dict[str, int]:
         """The requests without a right answer, by kind."""
         return {name: self.outcomes[name] for name in HARMS if self.outcomes[name]}
+
+
+# Takes an earlier tally and what has happened since; tells what became of the requests since.
+Ended = Callable[[Asked, str], Asked]
 
 
 @dataclass(frozen=True, slots=True)

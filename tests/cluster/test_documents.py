@@ -53,12 +53,16 @@ class Terminal:
     environment: Mapping[str, str]
     names: Mapping[str, str]
 
-    def run(self, block: Block) -> None:
-        """Run a block; a command that fails is the test's failure. What it left in the background ends with it."""
+    def typed(self, block: Block) -> str:
+        """A block with a reader's own names."""
         script = "\n".join(block.commands)
         for name, value in self.names.items():
             script = re.sub(name, value, script)
-        script = f"set -euo pipefail\ntrap 'jobs -p | xargs -r kill' EXIT\n{script}\n"
+        return script
+
+    def run(self, block: Block) -> None:
+        """Run a block; a command that fails is the test's failure. What it left in the background ends with it."""
+        script = f"set -euo pipefail\ntrap 'jobs -p | xargs -r kill' EXIT\n{self.typed(block)}\n"
         done = subprocess.run(
             ["bash", "-c", script],
             cwd=self.folder,
@@ -89,7 +93,7 @@ def terminal(cluster: Cluster, tmp_path: Path) -> Terminal:
     programs.mkdir()
     (programs / "helm").symlink_to(shutil.which("helm3") or str(shutil.which("helm")))
     names = {
-        r"images\.registry=\S+": f"images.registry={cluster.registry},images.tag={cluster.tag}",
+        r"images\.registry=\S+": cluster.chart_values,
         r"\bNAME(SPACE)?\b": "digits",
         r"curl -s": "curl -s --fail --retry 30 --retry-all-errors --retry-delay 1",
     }
@@ -137,6 +141,8 @@ def test_the_documents_from_install_to_removal(
     before = everything(cluster)
     *way, uninstall, removal = journey()
     assert [(block.document, block.section) for block in (uninstall, removal)] == [("install.md", "Uninstall")] * 2
+    typed = "\n".join(map(terminal.typed, way))
+    assert not [part for part in SAID if part not in typed], "what is to be said is never asked"
     ensemble = Ensemble(cluster, namespace, "kept")
     for index, block in enumerate(way):
         terminal.run(block)

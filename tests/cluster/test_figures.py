@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.cluster.cluster import CHART, Cluster, until
-from tests.cluster.conftest import restricted_namespace
+from tests.cluster.cluster import Cluster, until
+from tests.cluster.conftest import released, restricted_namespace
 from tests.cluster.serving import Ensemble, serve_models, spec_of
 
 READY_S = 90.0
@@ -90,18 +90,12 @@ def installed(cluster: Cluster, namespace: str) -> Iterator[Installed]:
     """The chart as installed by default, and one ensemble whose model is in the cluster."""
     serve_models(cluster, namespace, {"two": 2.0})
     system = restricted_namespace(cluster, "system")
-    where = ("--namespace", system, "--wait", "--timeout", "120s")
-    images = f"images.registry={cluster.registry},images.tag={cluster.tag}"
-    try:
-        began = time.monotonic()
-        cluster.helm("install", "ensembles", str(CHART), *where, "--set", images)
+    began = time.monotonic()
+    with released(cluster, system):
         first = applied(cluster, namespace, 0)
         first.settled(1)
         yield Installed(system, first, time.monotonic() - began)
         cluster.kubectl("delete", "inferenceensembles", "--all", "-n", namespace)
-        cluster.helm("uninstall", "ensembles", "--namespace", system, "--wait", "--ignore-not-found")
-    finally:
-        cluster.kubectl("delete", "namespace", system, "--wait=false")
 
 
 def applied(cluster: Cluster, namespace: str, index: int) -> Ensemble:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.cluster import CHART, Cluster, until
-from tests.cluster.conftest import restricted_namespace
+from tests.cluster.cluster import Cluster, until
+from tests.cluster.conftest import released, restricted_namespace
 from tests.cluster.serving import Ensemble, spec_of
 
 RELEASE = "narrow"
@@ -20,14 +20,8 @@ pytestmark = pytest.mark.timeout(400)
 def narrow(cluster: Cluster, namespace: str) -> Iterator[str]:
     """The namespace of a release that serves another one."""
     system = restricted_namespace(cluster, "system")
-    values = f"images.registry={cluster.registry},images.tag={cluster.tag},watchNamespace={namespace}"
-    where = ("--namespace", system, "--wait", "--timeout", "120s")
-    try:
-        cluster.helm("install", RELEASE, str(CHART), *where, "--set", f"{values},rbac.aggregate=false")
+    with released(cluster, system, RELEASE, f"watchNamespace={namespace}", "rbac.aggregate=false"):
         yield system
-        cluster.helm("uninstall", RELEASE, "--namespace", system, "--wait", "--ignore-not-found")
-    finally:
-        cluster.kubectl("delete", "namespace", system, "--wait=false")
 
 
 def test_it_serves_its_namespace(cluster: Cluster, namespace: str, narrow: str) -> None:

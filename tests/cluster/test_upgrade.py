@@ -6,12 +6,12 @@ ENSEMBLE_TEST_NEXT_IMAGES names the images of the other version, as ENSEMBLE_TES
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from tests.cluster.cluster import CHART, TARGETS, Cluster, until
-from tests.cluster.serving import Client, Ensemble, factor_of, serve_models, spec_of, start_client
+from tests.cluster.serving import Client, Ended, Ensemble, factor_of, serve_models, spec_of, start_client
 
 NEXT = "ENSEMBLE_TEST_NEXT_IMAGES"
 FACTORS = {"two": 2.0, "four": 4.0}
@@ -75,35 +75,34 @@ def follows(ensemble: Ensemble, client: Client, weights: dict[str, float]) -> No
     ensemble.settled(DEVICES)
 
 
+def upgrade(cluster: Cluster, newer: Cluster, system: str) -> None:
+    """Have the operators be those of the other version, if no earlier test has."""
+    if operators_image(cluster, system) != {newer.image("operator")}:
+        where = ("--namespace", system, "--reset-then-reuse-values", "--wait", "--timeout", "120s")
+        cluster.helm("upgrade", "ensembles", str(CHART), *where, "--set", newer.chart_values)
+        until(lambda: operators_image(cluster, system) == {newer.image("operator")}, 30, "the newer operators")
+
+
 def test_an_upgrade_restarts_nothing_and_fails_no_request(
-    cluster: Cluster,
-    newer: Cluster,
-    system: str,
-    ensemble: Ensemble,
-    client: Client,
-    record: Callable[[str], None],
+    cluster: Cluster, newer: Cluster, system: str, ensemble: Ensemble, client: Client, ended: Ended
 ) -> None:
     then, before = client.asked(), images_and_uids(ensemble)
     assert {image for image, _ in before.values()} == {cluster.image("worker"), cluster.image("gateway")}
-    where = ("--namespace", system, "--reset-then-reuse-values", "--wait", "--timeout", "120s")
-    images = f"images.registry={newer.registry},images.tag={newer.tag}"
-    cluster.helm("upgrade", "ensembles", str(CHART), *where, "--set", images)
-    until(lambda: operators_image(cluster, system) == {newer.image("operator")}, 30, "the newer operators")
+    upgrade(cluster, newer, system)
     follows(ensemble, client, UNEQUAL)
-    client.goes_on()
+    found = ended(then, "operator upgraded to another tag")
     assert images_and_uids(ensemble) == before
-    found = client.asked().since(then)
-    record(f"operator upgraded to another tag: {dict(found.outcomes)}")
     assert not found.harms, found
 
 
 def test_the_annotation_rolls_to_the_newer_images_and_fails_no_request(
-    cluster: Cluster, newer: Cluster, ensemble: Ensemble, client: Client, record: Callable[[str], None]
+    cluster: Cluster, newer: Cluster, system: str, ensemble: Ensemble, client: Client, ended: Ended
 ) -> None:
+    upgrade(cluster, newer, system)
     then, before = client.asked(), images_and_uids(ensemble)
     target = f"inferenceensemble/{ensemble.name}"
-    upgrade = f"ensemble-operator.io/upgrade={newer.tag}"
-    cluster.kubectl("annotate", target, upgrade, "--overwrite", "-n", ensemble.namespace)
+    wish = f"ensemble-operator.io/upgrade={newer.tag}"
+    cluster.kubectl("annotate", target, wish, "--overwrite", "-n", ensemble.namespace)
 
     def rolled() -> bool:
         after = images_and_uids(ensemble)
@@ -113,21 +112,18 @@ def test_the_annotation_rolls_to_the_newer_images_and_fails_no_request(
 
     until(rolled, ROLLED_S, "all pods of the newer images", ensemble.explanation)
     ensemble.settled(DEVICES)
-    client.goes_on()
-    found = client.asked().since(then)
-    record(f"workers and gateways rolled to another tag: {dict(found.outcomes)}")
+    found = ended(then, "workers and gateways rolled to another tag")
     assert not found.harms, found
 
 
 def test_a_rollback_goes_back_and_fails_no_request(
-    cluster: Cluster, system: str, ensemble: Ensemble, client: Client, record: Callable[[str], None]
+    cluster: Cluster, newer: Cluster, system: str, ensemble: Ensemble, client: Client, ended: Ended
 ) -> None:
+    upgrade(cluster, newer, system)
     then, before = client.asked(), images_and_uids(ensemble)
     cluster.helm("rollback", "ensembles", "1", "--namespace", system, "--wait", "--timeout", "120s")
     until(lambda: operators_image(cluster, system) == {cluster.image("operator")}, 30, "the former operators")
     follows(ensemble, client, EQUAL)
-    client.goes_on()
+    found = ended(then, "operator rolled back")
     assert images_and_uids(ensemble) == before
-    found = client.asked().since(then)
-    record(f"operator rolled back: {dict(found.outcomes)}")
     assert not found.harms, found

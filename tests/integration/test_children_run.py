@@ -19,7 +19,7 @@ from ensemble_operator.api import parse
 from ensemble_operator.keys import new_pair
 from ensemble_operator.manifests import Children, ChildSettings, children, plan_config_map
 from tests.support.control_plane import ControlPlane
-from tests.support.kube_client import KubeClient, Manifest, condition_of
+from tests.support.kube_client import KubeClient, Manifest, is_ready
 from tests.support.kubelet import Kubelet
 from tests.support.plane_members import X, Y, write_models
 
@@ -89,10 +89,6 @@ async def answer(ip: str) -> list[float]:
         body = await response.json()
         assert response.status == 200, body
         return list(body["outputs"][0]["data"])
-
-
-def is_ready(pod: Manifest | None) -> bool:
-    return condition_of(pod, "Ready").get("status") == "True"
 
 
 async def ready_gateway(kube: KubeClient, namespace: str) -> str:

@@ -27,7 +27,7 @@ from ensemble_operator.control.store import Store
 from ensemble_operator.control.watches import Watches
 from tests.support.connected import config_map, connected
 from tests.support.control_plane import ControlPlane
-from tests.support.kube_client import condition_of
+from tests.support.kube_client import is_ready
 from tests.support.tiny_operator import make_ensemble
 
 DEADLINE_S = 60.0
@@ -67,10 +67,6 @@ def known(follower: Follower, namespace: str) -> dict[str, str]:
     """All ConfigMaps that the store has, of the ten ensembles."""
     found = [item for n in range(10) for item in follower.store.children(CONFIG_MAP, Key(namespace, f"e{n}"))]
     return versions(found)
-
-
-def is_ready(pod: Manifest | None) -> bool:
-    return condition_of(pod, "Ready").get("status") == "True"
 
 
 async def test_a_store_follows_a_thousand_objects(cluster: Cluster, namespace: str) -> None:

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from tests.support.control_plane import ControlPlane
-from tests.support.kube_client import KubeClient, Manifest, condition_of
+from tests.support.kube_client import KubeClient, Manifest, condition_of, is_ready
 from tests.support.kubelet import Kubelet
 
 WITHIN_S = 60.0
@@ -70,10 +70,6 @@ async def kube(control_plane: ControlPlane) -> AsyncIterator[KubeClient]:
     control_plane.start_scheduler()
     async with KubeClient(control_plane.kubeconfig) as client:
         yield client
-
-
-def is_ready(pod: Manifest | None) -> bool:
-    return condition_of(pod, "Ready").get("status") == "True"
 
 
 async def fetch(ip: str, path: str = "/") -> str:

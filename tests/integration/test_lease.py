@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 
 from ensemble_operator.control.kinds import LEASE, Manifest
 from ensemble_operator.control.lease import EXIT_LOST, Terms
+from ensemble_operator.control.times import unix_time
 from tests.support.control_plane import ControlPlane, Refused
 from tests.support.tiny_operator import TinyOperator, make_ensemble, tiny_operator, until
 
 END_S = 60.0
+TAKEN_OVER_S = 20.0
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -71,18 +74,22 @@ def test_a_standby_is_healthy_and_does_nothing(pair: Pair) -> None:
 
 def test_asked_to_stop_it_gives_the_lease_up_at_once(pair: Pair) -> None:
     assert pair.leader.end() == 0
+    ended = time.time()
     assert pair.holder() in ("", "second")
     pair.standby.wait_said("second leads")
     pair.wait_until_acts("second")
     assert pair.lease()["leaseTransitions"] == 1
+    assert unix_time(pair.lease()["acquireTime"]) - ended < Terms().duration_s / 2
 
 
-def test_killed_it_is_replaced_when_its_lease_ends(pair: Pair) -> None:
-    """Within 20 s, which its terms say; this machine may have more to do."""
-    assert Terms().duration_s + 2 * Terms().retry_s < 20
+def test_killed_it_is_replaced_within_20_s(pair: Pair) -> None:
+    """As the lease itself tells: what this test waits for besides depends on what else the machine does."""
+    assert Terms().duration_s + 2 * Terms().retry_s < TAKEN_OVER_S
     pair.leader.end(signal.SIGKILL)
+    killed = time.time()
     assert pair.holder() == "first"
     pair.wait_until_acts("second")
+    assert 0 < unix_time(pair.lease()["acquireTime"]) - killed < TAKEN_OVER_S
 
 
 def test_a_container_that_crashed_leads_again_at_once(pair: Pair, tmp_path: Path) -> None:

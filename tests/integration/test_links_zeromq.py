@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import mmap
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import zmq
 
 from ensemble_contract import wire
 from ensemble_contract.keys import KeyFiles
-from ensemble_gateway.links import SILENCE_S
+from ensemble_gateway.links import HEARTBEAT_S, SILENCE_S
 from tests.support.link_members import BIG_INPUTS, INSTANCES
 from tests.support.link_pairs import (
     BATCH_ROWS,
@@ -130,6 +131,19 @@ async def test_killed_worker_is_lost_at_once_with_its_batches(address: str, link
             with worker_process(address):
                 await owner.until(lambda: len(owner.states) == 2)
                 await owner.run(50)
+
+
+async def test_a_worker_that_falls_silent_was_well_until_then(address: str, linker: Linker) -> None:
+    """It is lost 3 s after it was heard, and what it was given in the last 2 of them is not why."""
+    loop = asyncio.get_running_loop()
+    with worker_process(address) as process:
+        async with gateway(linker(address)) as owner:
+            await owner.run(50)
+            running_at = loop.time()
+            process.send_signal(signal.SIGSTOP)
+            await owner.until(lambda: bool(owner.lost))
+            assert owner.lost == [f"nothing was heard from it for {SILENCE_S:.0f} s"]
+            assert running_at <= owner.well_until <= loop.time() - (SILENCE_S - HEARTBEAT_S)
 
 
 async def test_gateway_that_leaves_frees_its_cache(address: str, linker: Linker) -> None:

@@ -33,6 +33,7 @@ HIDDEN: tuple[tuple[tuple[str | int, ...], object], ...] = (
     (("output", "labels"), "https://host/labels.txt"),
 )
 JUDGED_S = 60.0
+SOON_S, TRIES = 8.0, 4
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -90,6 +91,7 @@ def pods_of(document: Manifest) -> int:
 async def offer(kube: KubeClient, namespace: str, document: Manifest) -> Manifest | None:
     """Create or replace a resource; None if the API server refuses it."""
     name = document["metadata"]["name"]
+    deadline = time.monotonic() + JUDGED_S
     while True:
         live = await kube.get(KIND, namespace, name)
         metadata: dict[str, Any] = {"name": name, "namespace": namespace}
@@ -102,7 +104,7 @@ async def offer(kube: KubeClient, namespace: str, document: Manifest) -> Manifes
             if refused.status in (400, 422):
                 return None
             # The operator wrote its status in between.
-            if refused.status != 409:
+            if refused.status != 409 or time.monotonic() > deadline:
                 raise
 
 
@@ -161,7 +163,7 @@ def check_told(found: Manifest) -> None:
 async def test_what_the_schema_admits_wedges_nobody(
     control_plane: ControlPlane, namespace: str, tmp_path: Path
 ) -> None:
-    """No node can run them, and each has a status that says why; a good one is seen to beside them."""
+    """No node can run them, and each has a status that says why; a good one is seen to at once."""
     control_plane.start_controllers()
     control_plane.start_scheduler()
     rng = random.Random(SEED)
@@ -178,12 +180,23 @@ async def test_what_the_schema_admits_wedges_nobody(
             invalid += await check_all(kube, namespace, made[:CHANGED], operator)
             assert invalid > 3, "too little is put before the operator's own judgement"
 
-            good = resource("good", [member("a", Path("/models/a.pt2"))])
-            await kube.apply({**good, "metadata": {"name": "good", "namespace": namespace}})
-            await kube.wait_for("StatefulSet", namespace, "good-worker", lambda found: found is not None, JUDGED_S)
-            await judged(kube, namespace, "good", operator)
+            # The quickest of a few: what else this machine does only adds to it.
+            took_s: list[float] = []
+            while not took_s or took_s[-1] >= SOON_S:
+                assert len(took_s) < TRIES, took_s
+                took_s.append(await seen_to_s(kube, namespace, f"good{len(took_s)}", operator))
             assert operator.defects() == []
             assert operator.end() == 0
+
+
+async def seen_to_s(kube: KubeClient, namespace: str, name: str, operator: OperatorProcess) -> float:
+    """Apply a good one; how long until it has workers and a status, in seconds."""
+    began = time.monotonic()
+    good = resource(name, [member("a", Path("/models/a.pt2"))])
+    await kube.apply({**good, "metadata": {"name": name, "namespace": namespace}})
+    await kube.wait_for("StatefulSet", namespace, f"{name}-worker", lambda found: found is not None, JUDGED_S)
+    await judged(kube, namespace, name, operator)
+    return time.monotonic() - began
 
 
 async def check_all(kube: KubeClient, namespace: str, names: Sequence[str], operator: OperatorProcess) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from tests.support.models import export_mlp
 from tests.support.operating import Operating, member, operating, resource
 
 WITHIN_S = 60.0
+# Most repairs; a single one may meet a busy moment of this machine.
+SOON_S = 5.0
 CHILDREN = [
     ("Service", "tiny"),
     ("Service", "tiny-worker"),
@@ -34,11 +37,13 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return {name: export_mlp(tmp_path / f"{name}.pt2", seed=seed) for seed, name in enumerate("ab")}
 
 
-async def until(check: Callable[[], Awaitable[object]], what: str) -> None:
-    deadline = time.monotonic() + WITHIN_S
+async def until(check: Callable[[], Awaitable[object]], what: str) -> float:
+    """Wait until it holds; how long that took, in seconds."""
+    began = time.monotonic()
     while not await check():
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() - began < WITHIN_S, what
         await asyncio.sleep(0.1)
+    return time.monotonic() - began
 
 
 async def test_drift_is_repaired_and_what_users_add_stays(
@@ -47,7 +52,7 @@ async def test_drift_is_repaired_and_what_users_add_stays(
     async with operating(control_plane, namespace, resync_s=300.0) as world:
         await world.apply(resource("tiny", [member(name, files[name]) for name in "ab"]))
         await world.until_ready("tiny")
-        kube = world.kube
+        kube, took_s = world.kube, list[float]()
         for kind, name in CHILDREN:
             before = await kube.get(kind, namespace, name)
             assert before is not None, (kind, name)
@@ -57,7 +62,7 @@ async def test_drift_is_repaired_and_what_users_add_stays(
                 found = await kube.get(kind, namespace, name)
                 return found is not None and found["metadata"]["uid"] != uid
 
-            await until(is_back, f"{kind} {name} did not return")
+            took_s.append(await until(is_back, f"{kind} {name} did not return"))
         await kube.patch("Service", namespace, "tiny", {"metadata": {"labels": {"team": "vision"}}})
         await kube.patch("StatefulSet", namespace, "tiny-worker", {"spec": {"replicas": 5}})
         await kube.patch(
@@ -72,14 +77,15 @@ async def test_drift_is_repaired_and_what_users_add_stays(
             owned = gateway["metadata"]["labels"]["app.kubernetes.io/part-of"] == "tiny"
             return bool(workers["spec"]["replicas"] == 2 and owned)
 
-        await until(is_repaired, "edits of children were not repaired")
+        took_s.append(await until(is_repaired, "edits of children were not repaired"))
         await kube.patch("Service", namespace, "tiny", {"spec": {"selector": {"x": "y"}}})
 
         async def selects() -> bool:
             found = await kube.get("Service", namespace, "tiny") or {}
             return "ensemble-operator.io/ensemble" in found["spec"]["selector"]
 
-        await until(selects, "the Service's selector was not repaired")
+        took_s.append(await until(selects, "the Service's selector was not repaired"))
+        assert statistics.median(took_s) < SOON_S, took_s
         service = await kube.get("Service", namespace, "tiny") or {}
         assert service["metadata"]["labels"]["team"] == "vision"
         await world.until_ready("tiny")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.support.models import export_mlp
 # A machine that does other things besides measures for minutes.
 pytestmark = pytest.mark.timeout(900)
 DEADLINE_S = 280.0
+WARM_S, TRIES = 3.0, 5
 MEMBERS = {"small": (1, 16), "large": (3, 64)}
 
 
@@ -71,13 +73,17 @@ class TestProfiled:
             assert point["rowsPerS"] == pytest.approx(size / point["latencyS"], rel=0.01)
 
     def test_a_second_run_is_quick_and_says_the_same(self, measured: dict[str, Any], folder: Path) -> None:
-        before = os.times()
-        done = profile(folder, "-o", "yaml")
-        after = os.times()
-        # Its own time: a clock on the wall would tell of what else this machine does.
-        assert sum(after[2:4]) - sum(before[2:4]) < 3
-        assert "measuring" not in done.stderr
-        assert yaml.safe_load(done.stdout)["profiles"] == measured["profiles"]
+        # The quickest of a few: what else this machine does only adds to it.
+        for _ in range(TRIES):
+            began, before = time.monotonic(), os.times()
+            done = profile(folder, "-o", "yaml")
+            took_s, after = time.monotonic() - began, os.times()
+            assert sum(after[2:4]) - sum(before[2:4]) < WARM_S, "its own time, whatever else runs"
+            assert "measuring" not in done.stderr
+            assert yaml.safe_load(done.stdout)["profiles"] == measured["profiles"]
+            if took_s < WARM_S:
+                return
+        pytest.fail(f"none of {TRIES} runs took under {WARM_S:g} s")
 
     def test_force_measures_again_and_keeps_it(self, measured: dict[str, Any], folder: Path) -> None:
         before = kept(folder)

@@ -181,3 +181,8 @@ def condition_of(manifest: Manifest | None, kind: str) -> Manifest:
     """A condition of an object's status; empty if it has none of that type."""
     conditions = ((manifest or {}).get("status") or {}).get("conditions") or []
     return next((dict(condition) for condition in conditions if condition["type"] == kind), {})
+
+
+def is_ready(pod: Manifest | None) -> bool:
+    """Whether a pod is there and Ready."""
+    return condition_of(pod, "Ready").get("status") == "True"

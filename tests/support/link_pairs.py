@@ -150,6 +150,7 @@ class Gateway:
         self.link: Link | None = None
         self.states: list[State] = []
         self.lost: list[str] = []
+        self.well_until = inf
         self.failed: list[Failed] = []
         self.answered = 0
         self.checked_rows = 0
@@ -194,6 +195,7 @@ class Gateway:
     def worker_lost(self, worker: str, reason: str, *, blame: bool, well_until: float = inf) -> None:
         assert worker == NAME
         self.lost.append(reason)
+        self.well_until = well_until
         for batch, _ in list(self.in_flight.values()):
             self._free_all(batch)
         self.in_flight.clear()

@@ -43,11 +43,11 @@ async def _follow(child: asyncio.subprocess.Process, question: bytes, take: Call
     try:
         with contextlib.suppress(ConnectionError):  # it may end without reading
             child.stdin.write(question)
-            await child.stdin.drain()
+            await asyncio.wait_for(child.stdin.drain(), SILENCE_S)
         child.stdin.close()
         while text := await asyncio.wait_for(child.stdout.readline(), SILENCE_S):
             take(text)
-        code = await child.wait()
+        code = await asyncio.wait_for(child.wait(), SILENCE_S)
         if code == 0:
             return ""
         said = await asyncio.wait_for(words, SILENCE_S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ensemble_contract.plan import ACTIVATIONS, FORMATS, RULES
+from ensemble_contract.plan import ACTIVATIONS, FORMATS, MAX_BATCH_SIZE, MAX_MEMBERS, RULES
 from ensemble_contract.tensors import MAX_RANK, NUMPY_DTYPES, TensorSpec
 from ensemble_operator.api import rules
 from ensemble_operator.api.assemble import (
@@ -26,8 +26,6 @@ from ensemble_operator.api.schema import Choice, Duration, Integer, Number, Quan
 from ensemble_operator.api.structure import ABSENT, Field, Group, Listing, OneOrMany, TextOrTexts
 from ensemble_operator.quantities import parse_bytes
 
-MAX_MEMBERS = 64
-MAX_BATCH_SIZE = 65_536
 _BATCH_SIZE = Integer(1, MAX_BATCH_SIZE)
 
 _MODEL = Group(

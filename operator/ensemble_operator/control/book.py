@@ -24,12 +24,28 @@ MAX_CLASSES = 8
 FoundT = TypeVar("FoundT")
 
 
-class Known(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+class Tried(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
+    """What may fail and is then tried again.
+
+    `error` says why it failed, `failed_at` (Unix time) when, `failures` how often in a row, `job` in which job last.
+    """
+
+    error: str = ""
+    failed_at: float = 0.0
+    failures: int = 0
+    job: str = ""
+
+    @property
+    def retry_at(self) -> float:
+        """When it is tried again after a failure (Unix time)."""
+        return self.failed_at + min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(self.failures - 1, 16))
+
+
+class Known(Tried, frozen=True):
     """What is known of one version on one class. `tried` are the batch sizes that need no further measuring.
 
     `libraries` are those that it was measured with. `declared` is what the resource said instead, kept for as long as
-    the version runs, whatever the resource says then. `error` says why it could not be loaded, `failed_at` (Unix time)
-    when, `failures` how often in a row, and `job` in which job the last time.
+    the version runs, whatever the resource says then. It has failed where it could not be loaded.
     """
 
     device_class: str
@@ -39,38 +55,16 @@ class Known(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     points: tuple[Point, ...] = ()
     declared: tuple[Point, ...] = ()
     tried: tuple[int, ...] = ()
-    error: str = ""
-    failed_at: float = 0.0
-    failures: int = 0
-    job: str = ""
-
-    @property
-    def retry_at(self) -> float:
-        """When a version that could not be loaded is tried again (Unix time)."""
-        return _retry_at(self.failed_at, self.failures)
 
     def measurement(self) -> Measurement:
         """The same in planning's words."""
         return Measurement(self.signature or Signature(), self.points, self.overhead_bytes, self.error)
 
 
-class Sharing(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """The co-location factor of a class; 0 while it is not known. The others say of failures what they say in Known."""
+class Sharing(Tried, frozen=True):
+    """The co-location factor of a class; 0 while it is not known."""
 
     factor: float = 0.0
-    error: str = ""
-    failed_at: float = 0.0
-    failures: int = 0
-    job: str = ""
-
-    @property
-    def retry_at(self) -> float:
-        """When it is measured again after a failure (Unix time)."""
-        return _retry_at(self.failed_at, self.failures)
-
-
-def _retry_at(failed_at: float, failures: int) -> float:
-    return failed_at + min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(failures - 1, 16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +82,7 @@ class Book:
     running: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def libraries_of(self, device_class: str) -> str:
-        """The libraries that count on a class; where no worker of it is there, those that were known last."""
+        """The libraries that count on a class; where no worker of it is there, some that it was measured with."""
         if device_class in self.running:
             return self.running[device_class][0]
         return max((libraries for (_, of, libraries) in self.known if of == device_class), default="")
@@ -100,7 +94,7 @@ class Book:
 
     def current(self) -> Iterable[tuple[str, Known]]:
         """What counts, with the digest of the version."""
-        counting = {of: self.libraries_of(of) for _, of, _ in self.known}
+        counting = {of: self.libraries_of(of) for of in {of for _, of, _ in self.known}}
         return [(digest, known) for (digest, of, libraries), known in self.known.items() if libraries == counting[of]]
 
     def idle_bytes(self, device_class: str) -> int:

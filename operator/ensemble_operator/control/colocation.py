@@ -74,7 +74,8 @@ def learn_sharing(book: Book, measurers: Iterable[Measurer], now: float) -> Book
             continue
         else:
             error = (found.error if found is not None else OLD_WORKER) or "it ended without a result"
-            after = Sharing(0.0, error[:MAX_ERROR], now, before.failures + 1, report.id or "")
+            failures, job = before.failures + 1, report.id or ""
+            after = Sharing(error=error[:MAX_ERROR], failed_at=now, failures=failures, job=job)
         book = book.with_sharing(measurer.device_class, measurer.libraries, after)
     return book
 

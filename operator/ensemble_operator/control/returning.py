@@ -22,6 +22,9 @@ def returning(ensemble: InferenceEnsemble, seen: Observed) -> tuple[str, ...]:
         for pool, devices in enumerate(ensemble.pools)
         for ordinal in range(devices.count)
     }
-    gone = tuple(worker for worker, row in target.rows.items() if row and worker in wanted - present)
+    missing = wanted - present
+    gone = tuple(worker for worker, row in target.rows.items() if row and worker in missing)
+    if not gone:
+        return ()
     live = {cell.version for cell, state in states_of(seen).items() if state == READY and cell.worker in present}
     return gone if all((member.name, member.digest) in live for member in plan.gateway.members) else ()

@@ -137,8 +137,8 @@ def composed(base: Document, inventory: Document | None, profiles: Document | No
     merged = {key: value for key, value in base.items() if key != FAILURES}
     if inventory:
         merged["devices"] = inventory["devices"]
-    if profiles:
-        merged["devices"] = _with_factors(merged.get("devices"), profiles)
+    if profiles and "devices" in merged:
+        merged["devices"] = _with_factors(merged["devices"], profiles)
     if others:
         merged["profiles"] = _merged_profiles([d for d in (profiles, base, inventory) if d])
         merged["members"] = _with_facts(base.get("members", []), others)

@@ -66,10 +66,10 @@ def test_what_members_get_done_matters_only_where_they_share_a_gpu() -> None:
 def test_it_is_measured_once_and_after_a_failure_later() -> None:
     book, shared = used(NEW), problem(devices=1)
     assert rows_to_share(shared, book.with_sharing(CLASS, NEW, Sharing(0.9)), NOW) == {}
-    failed = book.with_sharing(CLASS, NEW, Sharing(0.0, "no room", NOW, 1, "j"))
+    failed = book.with_sharing(CLASS, NEW, Sharing(error="no room", failed_at=NOW, failures=1, job="j"))
     assert rows_to_share(shared, failed, NOW + FIRST_RETRY_S - 1) == {}
     assert rows_to_share(shared, failed, NOW + FIRST_RETRY_S) == {CLASS: ROW}
-    often = book.with_sharing(CLASS, NEW, Sharing(0.0, "no room", NOW, MAX_FAILURES, "j"))
+    often = book.with_sharing(CLASS, NEW, Sharing(error="no room", failed_at=NOW, failures=MAX_FAILURES, job="j"))
     assert rows_to_share(shared, often, 1e9) == {}
     # With other libraries it is another question.
     other = used(OLD).with_sharing(CLASS, NEW, Sharing(0.9))
@@ -94,7 +94,7 @@ def test_the_job_has_the_members_at_their_sizes_and_another_attempt_is_another_j
         (SOURCES[name], TENSORS.inputs, TENSORS.outputs, 8) for name in "ab"
     ]
     assert 0 < job.colocation.budget_s <= 60
-    again = used(NEW).with_sharing(CLASS, NEW, Sharing(0.0, "no room", NOW, 1, job.id))
+    again = used(NEW).with_sharing(CLASS, NEW, Sharing(error="no room", failed_at=NOW, failures=1, job=job.id))
     assert assigned([measurer("w0")], used(NEW)) == {"w0": job.id}
     assert assigned([measurer("w0")], again)["w0"] != job.id
 
@@ -126,7 +126,7 @@ def test_a_factor_is_learnt_kept_and_planned_with() -> None:
 def test_what_fails_is_kept_with_its_cause_and_counted_once(result: ColocationResult | None, error: str) -> None:
     report = [measurer("w0", ended(PREFIX + "1", result))]
     book = learn_sharing(used(NEW), report, NOW)
-    assert book.sharing_of(CLASS) == Sharing(0.0, error, NOW, 1, PREFIX + "1")
+    assert book.sharing_of(CLASS) == Sharing(error=error, failed_at=NOW, failures=1, job=PREFIX + "1")
     assert learn_sharing(book, report, NOW + 5) == book
     assert book.factors() == {}
     assert read_book(write_book(book)).sharing == book.sharing
