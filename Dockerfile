@@ -45,11 +45,12 @@ RUN echo 'ensemble:x:65532:65532:Ensemble Operator:/tmp:/usr/sbin/nologin' >> /e
 ENV PATH=/opt/ensemble/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     USER=ensemble HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 WORKDIR /tmp
+ARG BASE
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.vendor="Ensemble Operator" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.base.name="docker.io/library/python:3.11-slim-bookworm"
+      org.opencontainers.image.base.name="${BASE}"
 
 FROM base AS operator
 LABEL org.opencontainers.image.title="ensemble-operator" \

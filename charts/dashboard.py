@@ -9,19 +9,24 @@ WIDTH = 24
 PANEL_WIDTH, PANEL_HEIGHT = 8, 7
 _AT = '{namespace=~"$namespace"}'
 _SEEN = '{namespace=~"$namespace",model=~"$model"}'
+# Two namespaces may each have an ensemble of the same name.
+_MODEL = "{{namespace}}/{{model}}"
 _DURATIONS = f"rate(ensemble_request_duration_seconds_bucket{_SEEN}[5m])"
-_BATCHES = f"sum by (model) (rate(ensemble_batch_rows_count{_SEEN}[5m]))"
+_BATCHES = f"sum by (namespace, model) (rate(ensemble_batch_rows_count{_SEEN}[5m]))"
 
 # Title, unit, and (expression, legend) of each curve.
 Panel = tuple[str, str, tuple[tuple[str, str], ...]]
 PANELS: tuple[Panel, ...] = (
-    ("Rows per second", "short", ((f"sum by (model) (rate(nv_inference_count{_SEEN}[1m]))", "{{model}}"),)),
+    ("Rows per second", "short", ((f"sum by (namespace, model) (rate(nv_inference_count{_SEEN}[1m]))", _MODEL),)),
     (
         "Requests by outcome",
         "reqps",
         (
-            (f"sum by (model) (rate(nv_inference_request_success{_SEEN}[1m]))", "{{model}} answered"),
-            (f"sum by (model, reason) (rate(nv_inference_request_failure{_SEEN}[1m])) > 0", "{{model}} {{reason}}"),
+            (f"sum by (namespace, model) (rate(nv_inference_request_success{_SEEN}[1m]))", f"{_MODEL} answered"),
+            (
+                f"sum by (namespace, model, reason) (rate(nv_inference_request_failure{_SEEN}[1m])) > 0",
+                f"{_MODEL} {{{{reason}}}}",
+            ),
         ),
     ),
     (
@@ -29,20 +34,20 @@ PANELS: tuple[Panel, ...] = (
         "s",
         tuple(
             (
-                f"histogram_quantile({share}, sum by (model, le) ({_DURATIONS}))",
-                f"{{{{model}}}} {name}",
+                f"histogram_quantile({share}, sum by (namespace, model, le) ({_DURATIONS}))",
+                f"{_MODEL} {name}",
             )
             for share, name in ((0.5, "p50"), (0.99, "p99"))
         ),
     ),
-    ("Live instances", "short", ((f"min by (model) (ensemble_member_live_instances{_SEEN})", "{{model}}"),)),
+    ("Live instances", "short", ((f"min by (namespace, model) (ensemble_member_live_instances{_SEEN})", _MODEL),)),
     (
         "Rows in a batch (mean)",
         "short",
         (
             (
-                f"sum by (model) (rate(ensemble_batch_rows_sum{_SEEN}[5m])) / {_BATCHES}",
-                "{{model}}",
+                f"sum by (namespace, model) (rate(ensemble_batch_rows_sum{_SEEN}[5m])) / {_BATCHES}",
+                _MODEL,
             ),
         ),
     ),
@@ -51,8 +56,8 @@ PANELS: tuple[Panel, ...] = (
         "s",
         (
             (
-                f"sum by (model) (rate(ensemble_batch_compute_seconds_total{_SEEN}[5m])) / {_BATCHES}",
-                "{{model}}",
+                f"sum by (namespace, model) (rate(ensemble_batch_compute_seconds_total{_SEEN}[5m])) / {_BATCHES}",
+                _MODEL,
             ),
         ),
     ),
@@ -60,16 +65,23 @@ PANELS: tuple[Panel, ...] = (
         "Answers without a member",
         "reqps",
         (
-            (f"sum by (model) (rate(ensemble_member_missing_total{_SEEN}[5m]))", "without {{model}}"),
-            (f"sum by (pod) (rate(ensemble_quorum_answers_total{_AT}[5m]))", "by quorum, {{pod}}"),
+            (f"sum by (namespace, model) (rate(ensemble_member_missing_total{_SEEN}[5m]))", f"without {_MODEL}"),
+            (
+                f"sum by (namespace, pod) (rate(ensemble_quorum_answers_total{_AT}[5m]))",
+                "by quorum, {{namespace}}/{{pod}}",
+            ),
         ),
     ),
     (
         "Row store in use",
         "percentunit",
-        ((f"ensemble_store_bytes{_AT} / ensemble_store_capacity_bytes{_AT}", "{{pod}}"),),
+        ((f"ensemble_store_bytes{_AT} / ensemble_store_capacity_bytes{_AT}", "{{namespace}}/{{pod}}"),),
     ),
-    ("Requests that wait", "short", ((f"sum by (model) (nv_inference_pending_request_count{_SEEN})", "{{model}}"),)),
+    (
+        "Requests that wait",
+        "short",
+        ((f"sum by (namespace, model) (nv_inference_pending_request_count{_SEEN})", _MODEL),),
+    ),
     ("Ensembles by phase", "short", (("sum by (phase) (ensemble_operator_ensembles)", "{{phase}}"),)),
     ("Devices", "short", (("sum by (state) (ensemble_operator_devices)", "{{state}}"),)),
     (

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.chart.helm import CASES, CHART, Helm, Manifest, pod_templates, tool
+from tests.chart.helm import CASES, CHART, Helm, pod_templates, tool
 from tests.support.control_plane import ControlPlane, Refused
 
 CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/inferenceensembles.ensemble-operator.io"
-# Kinds of the Prometheus operator: the API server does not know them.
-FOREIGN = "monitoring.coreos.com/v1"
+MONITORING = Path(__file__).parent / "monitoring.yaml"
 TINY = {
     "apiVersion": "ensemble-operator.io/v1alpha1",
     "kind": "InferenceEnsemble",
@@ -33,8 +32,11 @@ def kubectl(plane: ControlPlane, *arguments: str, content: str = "") -> str:
     return done.stdout
 
 
-def known(manifests: list[Manifest]) -> list[Manifest]:
-    return [manifest for manifest in manifests if manifest["apiVersion"] != FOREIGN]
+@pytest.fixture(scope="module", autouse=True)
+def monitoring(control_plane: ControlPlane) -> None:
+    """The API server knows the Prometheus operator's kinds."""
+    kubectl(control_plane, "apply", "--server-side", "-f", str(MONITORING))
+    kubectl(control_plane, "wait", "--for=condition=Established", "--timeout=30s", "-f", str(MONITORING))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
@@ -43,7 +45,7 @@ def test_the_api_server_takes_every_manifest(
 ) -> None:
     served = yaml.safe_load(case.read_text()).get("watchNamespace")
     values = ["--set", f"watchNamespace={namespace}"] if served else []
-    manifests = known(helm.render("--values", case, *values, namespace=namespace))
+    manifests = helm.render("--values", case, *values, namespace=namespace)
     assert manifests
     flags = ("--server-side", "--dry-run=server", "--validate=strict", "--field-manager=tests", "-n", namespace)
     applied = kubectl(
@@ -87,7 +89,7 @@ def test_the_life_of_a_release(release: tuple[Helm, str], control_plane: Control
 
     installed = helm.run("install", "ensembles", CHART, *there, "--set", "images.tag=one")
     assert f"helm test ensembles --namespace {namespace}" in installed.stdout
-    assert "helm show crds" not in installed.stdout
+    assert "helm show crds" in installed.stdout
     assert image() == "localhost/operator:one"
     upgraded = helm.run("upgrade", "ensembles", CHART, *there, "--set", "images.tag=two,replicas=2")
     assert "helm show crds" in upgraded.stdout
@@ -118,3 +120,19 @@ def test_the_definition_is_upgraded_by_the_documented_command(
     shown = helm.run("show", "crds", CHART).stdout
     kubectl(control_plane, "apply", "--server-side", "--force-conflicts", "-f", "-", content=shown)
     assert control_plane.ask("GET", CRD)["spec"]["names"]["categories"] == current["spec"]["names"]["categories"]
+
+
+def test_a_monitor_with_a_field_that_prometheus_does_not_have_is_refused(
+    control_plane: ControlPlane, namespace: str
+) -> None:
+    """The definitions that stand for the Prometheus operator's are closed."""
+    spec = {"selector": {}, "endpoints": [{"port": "metrics", "intervall": "5s"}]}
+    monitor = {"metadata": {"name": "monitor"}, "spec": spec}
+    path = f"/apis/monitoring.coreos.com/v1/namespaces/{namespace}/servicemonitors?fieldValidation=Strict&dryRun=All"
+    with pytest.raises(Refused, match="intervall"):
+        control_plane.ask("POST", path, monitor)
+
+
+def test_every_kind_of_the_prometheus_operator_is_among_the_cases(helm: Helm) -> None:
+    rendered = {manifest["kind"] for case in CASES for manifest in helm.render("--values", case)}
+    assert {crd["spec"]["names"]["kind"] for crd in yaml.safe_load_all(MONITORING.read_text())} <= rendered

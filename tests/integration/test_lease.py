@@ -138,6 +138,23 @@ def test_a_lease_deleted_by_hand_is_made_again_and_one_leads(pair: Pair) -> None
         assert not pair.standby.said("leads")
 
 
+def test_operators_with_leases_of_their_own_lead_side_by_side(
+    control_plane: ControlPlane, namespace: str, tmp_path: Path
+) -> None:
+    """As two releases of one namespace have, each of which serves another one."""
+    served = control_plane.new_namespace()
+    one = {"NAMESPACE": namespace, "POD_NAMESPACE": namespace, "LEASE_NAME": "one"}
+    two = {"NAMESPACE": served, "POD_NAMESPACE": namespace, "LEASE_NAME": "two"}
+    with (
+        tiny_operator(control_plane.kubeconfig, tmp_path, "first", **one) as first,
+        tiny_operator(control_plane.kubeconfig, tmp_path, "second", **two) as second,
+    ):
+        first.wait_said("first leads")
+        second.wait_said("second leads")
+        for name, holder in (("one", "first"), ("two", "second")):
+            assert control_plane.ask("GET", LEASE.path(namespace, name))["spec"]["holderIdentity"] == holder
+
+
 def leases(pair: Pair) -> Manifest:
     found: Manifest = pair.plane.ask("GET", LEASE.path(pair.namespace))
     return {LEASE.name: found["items"]} if found["items"] else {}

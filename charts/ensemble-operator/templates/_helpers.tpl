@@ -1,7 +1,9 @@
-{{/* Name of the Deployment, and prefix of the others' names. */}}
+{{/* Name of the Deployment, and prefix of the others' names; a Service's begins with a letter and has no dot. */}}
 {{- define "ensemble-operator.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
-{{- $whole := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
+{{- $release := .Release.Name | replace "." "-" -}}
+{{- $whole := ternary $release (printf "%s-%s" $release $name) (contains $name $release) -}}
+{{- if regexMatch "^[0-9]" $release }}{{ $whole = printf "%s-%s" $name $release }}{{ end -}}
 {{- default $whole .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end }}
 
@@ -12,13 +14,13 @@
 
 {{- define "ensemble-operator.selector" -}}
 app.kubernetes.io/name: ensemble-operator
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: operator
 {{- end }}
 
 {{- define "ensemble-operator.labels" -}}
 app.kubernetes.io/name: ensemble-operator
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
@@ -30,6 +32,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- else -}}
 {{- required "serviceAccount.name is needed with serviceAccount.create=false" .Values.serviceAccount.name -}}
 {{- end -}}
+{{- end }}
+
+{{- define "ensemble-operator.pull-secret-names" -}}
+{{- range $index, $secret := .Values.images.pullSecrets }}{{ ternary "," "" (gt $index 0) }}{{ $secret.name }}{{ end -}}
 {{- end }}
 
 {{/* The reference of one of our images: `list . "operator"`. */}}

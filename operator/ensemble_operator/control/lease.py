@@ -3,6 +3,9 @@
 `Election` decides and is pure. `Leadership` asks the API server. A leader that cannot renew in time (the API server is
 away) is suspended before its lease ends, and goes on if the lease is still its own when the server is back. One that
 lost the lease to another, or whose event loop is stuck, ends its process.
+
+Operators of several releases in one namespace each have a lease of their own. One that is named like its Deployment
+waits first for pods of that Deployment that lead by the default name: with both leases held, both would act.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -20,11 +24,11 @@ from dataclasses import dataclass
 from ensemble_operator.control.cluster import Cluster
 from ensemble_operator.control.errors import ClusterError, Conflict, LeadershipLost, NotFound
 from ensemble_operator.control.kinds import LEASE, Manifest
+from ensemble_operator.control.settings import LEASE_NAME
 from ensemble_operator.control.times import micro_time
 
 log = logging.getLogger(__name__)
 
-LEASE_NAME = "ensemble-operator"
 EXIT_LOST = 70
 
 
@@ -106,6 +110,7 @@ class Leadership:
         self._namespace, self._name = namespace, name
         self._terms = terms or Terms()
         self._election = Election(identity, self._terms)
+        self._default = Election(identity, self._terms)
         self._effects = effects or Effects()
         self._lease: Manifest | None = None
         self._renewed_s: float | None = None
@@ -128,7 +133,7 @@ class Leadership:
         while True:
             pause_s = self._terms.retry_s
             try:
-                wait_s = await self._try()
+                wait_s = await self._default_wait_s() or await self._try()
                 if wait_s == 0:
                     break
                 pause_s, problem = min(wait_s, pause_s), ""
@@ -191,8 +196,16 @@ class Leadership:
             return 0.0
         raise Conflict(f"the lease {self._namespace}/{self._name} changes all the time")
 
-    async def _read(self) -> Manifest | None:
-        return await self._cluster.read_lease(self._namespace, self._name, self._terms.renew_within_s / 2)
+    async def _default_wait_s(self) -> float:
+        """How long a pod of our Deployment may still lead by the default name."""
+        if self._name == LEASE_NAME:
+            return 0.0
+        lease = await self._read(LEASE_NAME)
+        holder = str(((lease or {}).get("spec") or {}).get("holderIdentity") or "")
+        return self._default.wait_s(lease, time.monotonic()) if is_pod_of(self._name, holder) else 0.0
+
+    async def _read(self, name: str = "") -> Manifest | None:
+        return await self._cluster.read_lease(self._namespace, name or self._name, self._terms.renew_within_s / 2)
 
     def _left_s(self) -> float:
         """How long an attempt may take: not past the moment when a leader must be suspended."""
@@ -225,6 +238,11 @@ class Leadership:
             renewed_s = self._renewed_s
             if renewed_s is not None and not self._suspended and time.monotonic() - renewed_s > limit_s:
                 self._lose(f"the event loop is stuck; the lease was not renewed for {limit_s:g} s")
+
+
+def is_pod_of(deployment: str, pod: str) -> bool:
+    """Whether a pod's name is one that the pods of this Deployment get."""
+    return re.fullmatch(rf"{re.escape(deployment)}-[a-z0-9]+-[a-z0-9]{{5}}", pod) is not None
 
 
 def end_process(why: str) -> None:

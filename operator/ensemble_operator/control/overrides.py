@@ -6,12 +6,22 @@ from collections.abc import Iterator
 
 from ensemble_operator.api import InferenceEnsemble, InvalidSpec, Problem
 
-# Parts of a pod through which its namespace's Secrets, volumes and service accounts can be reached.
-REACHING = ("image", "env", "volumes", "volume_mounts", "image_pull_secrets")
-_KEYS = {"volume_mounts": "volumeMounts", "image_pull_secrets": "imagePullSecrets"}
+# Parts of a pod through which it reaches more than itself: Secrets, volumes and service accounts of its namespace,
+# Services and injectors that select it, pods that make room for it, and another way to run. By their keys.
+REACHING = {
+    "image": "image",
+    "env": "env",
+    "volumes": "volumes",
+    "volume_mounts": "volumeMounts",
+    "image_pull_secrets": "imagePullSecrets",
+    "labels": "labels",
+    "annotations": "annotations",
+    "priority_class_name": "priorityClassName",
+    "runtime_class_name": "runtimeClassName",
+}
 _REFUSED = (
-    "reaches other objects of the namespace, and the operator's setting allowOverrides is off: remove it, or have the"
-    " operator installed with allowOverrides=true"
+    "reaches beyond the ensemble, and the operator's setting allowOverrides is off: remove it, or have the operator"
+    " installed with allowOverrides=true"
 )
 _LISTED_LABELS = "names a file, which the operator does not read: list the class names"
 
@@ -51,9 +61,9 @@ def _labels_in_files(ensemble: InferenceEnsemble) -> Iterator[str]:
 def _overrides(ensemble: InferenceEnsemble) -> Iterator[str]:
     for role in ("worker", "gateway"):
         overrides = getattr(ensemble.spec.pod_template, role)
-        for part in REACHING:
+        for part, key in REACHING.items():
             if getattr(overrides, part):
-                yield f"spec.podTemplate.{role}.{_KEYS.get(part, part)}"
+                yield f"spec.podTemplate.{role}.{key}"
     for index, member in enumerate(ensemble.spec.members):
         if member.model.uri.startswith("pvc://"):
             yield f"spec.members[{index}].model.uri"

@@ -13,6 +13,7 @@ from ensemble_operator.errors import EnsembleError
 PREFIX = "ENSEMBLE_OPERATOR_"
 ADMIN_FIELDS = frozenset({"ip", "pod", "namespace", "component"})
 HOST_FIELDS = frozenset({"pod", "ip", "service", "namespace"})
+LEASE_NAME = "ensemble-operator"
 PULL_POLICIES = ("", "Always", "IfNotPresent", "Never")
 LOG_FORMATS = ("json", "text")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -29,16 +30,20 @@ class InvalidSettings(EnsembleError):
 class Settings:
     """Each is the environment variable ENSEMBLE_OPERATOR_NAME of the field's name in capitals.
 
-    `namespace` is the one that is served, empty: all. `pod_namespace` holds the lease, `pod_name` who holds it.
+    `namespace` is the one that is served, empty: all. `pod_namespace` has the lease `lease_name`, `pod_name` holds it;
+    the lease has the name of the pod's Deployment, or the default one. `image_pull_secrets` are names for the pods of
+    ensembles.
     `admin_url` and `worker_host` say how pods are reached: for tests, in which pods are local processes.
     """
 
     namespace: str = ""
     pod_namespace: str = "default"
     pod_name: str = ""
+    lease_name: str = LEASE_NAME
     worker_image: str = ""
     gateway_image: str = ""
     image_pull_policy: str = ""
+    image_pull_secrets: tuple[str, ...] = ()
     allow_overrides: bool = False
     admin_url: str = "http://{ip}:8081"
     worker_host: str = "{pod}.{service}.{namespace}.svc"
@@ -114,6 +119,10 @@ def _name(text: str) -> str:
     raise ValueError(f"{text!r} is not a name of lower-case letters, digits, '-' and '.'")
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_name(name) for part in text.split(",") if (name := part.strip())))
+
+
 def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text in choices:
@@ -141,7 +150,9 @@ _READ: dict[str, Callable[[str], Any]] = {
     "namespace": _name,
     "pod_namespace": _name,
     "pod_name": _name,
+    "lease_name": _name,
     "image_pull_policy": _one_of(PULL_POLICIES),
+    "image_pull_secrets": _names,
     "allow_overrides": _switch,
     "admin_url": _template(ADMIN_FIELDS),
     "worker_host": _template(HOST_FIELDS),

@@ -22,12 +22,14 @@ def plan_config_map(
     }
 
 
-def profiles_config_map(ensemble: InferenceEnsemble, uid: str, profiles: Mapping[str, str]) -> Manifest:
+def profiles_config_map(
+    ensemble: InferenceEnsemble, uid: str, profiles: Mapping[str, str], annotations: Mapping[str, str] | None = None
+) -> Manifest:
     """What was measured, kept for a restarted operator."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": metadata(ensemble, uid, child_name(ensemble.name, PROFILES), PROFILES),
+        "metadata": metadata(ensemble, uid, child_name(ensemble.name, PROFILES), PROFILES, annotations=annotations),
         "data": dict(profiles),
     }
 

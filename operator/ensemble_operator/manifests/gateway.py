@@ -90,4 +90,4 @@ def _template(ensemble: InferenceEnsemble, settings: ChildSettings) -> Manifest:
         },
     )
     named = labels(ensemble.name, GATEWAY)
-    return pod_template(ensemble, named, overrides, container, placement, settings.image_pull_policy)
+    return pod_template(ensemble, named, overrides, container, placement, settings)

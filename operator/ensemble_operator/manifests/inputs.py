@@ -15,6 +15,7 @@ class ChildSettings:
 
     `operator_namespace`: from where the admin APIs may be reached; empty: from everywhere, for an operator that runs
     outside of the cluster. `listen_on` is the address that pods bind: `0.0.0.0`, or `[::]` where pods have IPv6 only.
+    `image_pull_secrets` are Secrets of the ensemble's namespace; pods get them before those that `podTemplate` names.
     """
 
     worker_image: str
@@ -22,6 +23,7 @@ class ChildSettings:
     image_pull_policy: str = "IfNotPresent"
     operator_namespace: str = ""
     listen_on: str = "0.0.0.0"  # noqa: S104  a pod has an address of its own, and NetworkPolicies
+    image_pull_secrets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

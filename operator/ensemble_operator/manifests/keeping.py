@@ -1,9 +1,9 @@
 """A pod template stays as it runs until the resource asks for another: an operator upgrade alone restarts no pod.
 
 A workload (StatefulSet or Deployment) carries, as annotations, the template that was applied, a hash of what the
-resource says about it, and a hash of what makes the operator's own images be taken anew: `podTemplate` and the
-annotation UPGRADE. With the first hash unchanged the recorded template is applied again, whoever edited the live one;
-with only the second unchanged, a new template is made that keeps the image.
+resource says about it, and a hash of what makes the operator's own images be taken anew, and the Secrets that these are
+pulled with: `podTemplate` and the annotation UPGRADE. With the first hash unchanged the recorded template is applied
+again, whoever edited the live one; with only the second unchanged, a new template is made that keeps image and Secrets.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ensemble_operator.manifests.pods import digest
 APPLIED = "ensemble-operator.io/applied-template"
 ASKED = "ensemble-operator.io/asked"
 RELEASE = "ensemble-operator.io/release"
+PULL_SECRETS = "imagePullSecrets"
 
 
 def recorded(workload: Manifest, asked: object, release: object) -> Manifest:
@@ -37,6 +38,9 @@ def keep_running(workload: Manifest, live: Mapping[str, Any] | None) -> Manifest
         return _with_template(workload, before)
     template = copy.deepcopy(workload["spec"]["template"])
     template["spec"]["containers"][0]["image"] = before["spec"]["containers"][0]["image"]
+    template["spec"].pop(PULL_SECRETS, None)
+    if PULL_SECRETS in before["spec"]:
+        template["spec"][PULL_SECRETS] = before["spec"][PULL_SECRETS]
     del template["metadata"]["annotations"][TEMPLATE]
     template["metadata"]["annotations"][TEMPLATE] = digest(template)
     return _with_template(workload, template)

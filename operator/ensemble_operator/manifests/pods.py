@@ -14,6 +14,7 @@ from typing import Any
 
 from ensemble_contract.pod import ADMIN_PORT, KEYS_FOLDER, PLAN_FILE, PLAN_FOLDER, STATE_FOLDER
 from ensemble_operator.api import InferenceEnsemble, PodOverrides
+from ensemble_operator.manifests.inputs import ChildSettings
 from ensemble_operator.manifests.names import PLAN, TEMPLATE, Manifest, child_name
 
 USER_ID = 65532
@@ -62,9 +63,10 @@ def pod_template(
     overrides: PodOverrides,
     container: Container,
     placement: Placement,
-    image_pull_policy: str,
+    settings: ChildSettings,
 ) -> Manifest:
     """The template of a component's pods, annotated with a hash of all that it says."""
+    pull_secrets = [{"name": name} for name in settings.image_pull_secrets]
     volumes = [*_our_volumes(ensemble, container.name), *placement.volumes]
     spec: Manifest = {
         "serviceAccountName": child_name(ensemble.name, container.name),
@@ -79,14 +81,14 @@ def pod_template(
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(container, overrides, placement, image_pull_policy)],
+        "containers": [_container(container, overrides, placement, settings.image_pull_policy)],
         "volumes": merged(volumes, overrides.volumes, "name", keep=("plan", "keys")),
         "nodeSelector": {**overrides.node_selector, **placement.node_selector},
         "tolerations": list(placement.tolerations),
         "affinity": overrides.affinity,
         "topologySpreadConstraints": [placement.spread] if placement.spread else [],
         "resourceClaims": list(placement.resource_claims),
-        "imagePullSecrets": list(overrides.image_pull_secrets),
+        "imagePullSecrets": merged(pull_secrets, overrides.image_pull_secrets, "name"),
         "priorityClassName": overrides.priority_class_name,
         "runtimeClassName": overrides.runtime_class_name,
     }

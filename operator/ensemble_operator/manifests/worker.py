@@ -133,7 +133,7 @@ def _template(ensemble: InferenceEnsemble, settings: ChildSettings, pool: int, d
         },
     )
     named = labels(ensemble.name, WORKER, pool)
-    return pod_template(ensemble, named, overrides, container, placement, settings.image_pull_policy)
+    return pod_template(ensemble, named, overrides, container, placement, settings)
 
 
 def _command(listen_on: str, devices: Devices) -> tuple[str, ...]:

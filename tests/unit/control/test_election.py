@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import Any
 
-from ensemble_operator.control.lease import Election, Terms
+import pytest
+
+from ensemble_operator.control.lease import Effects, Election, Leadership, Terms, is_pod_of
 
 TERMS = Terms(duration_s=15, renew_within_s=10, retry_s=2)
+
+
+class Leases:
+    """As much of a cluster as leadership asks: leases by name."""
+
+    def __init__(self, **held: dict[str, Any]) -> None:
+        self.held = {name.replace("_", "-"): lease for name, lease in held.items()}
+
+    async def read_lease(self, namespace: str, name: str, timeout_s: float) -> dict[str, Any] | None:
+        return self.held.get(name)
+
+    async def write_lease(self, lease: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        self.held[lease["metadata"]["name"]] = lease
+        return lease
 
 
 def lease(holder: str, version: int, duration_s: int = 15) -> dict[str, Any]:
@@ -73,3 +91,43 @@ def test_suspension_comes_before_another_can_take_it() -> None:
     terms = Terms()
     assert terms.renew_within_s + terms.grace_s + terms.grace_s / 4 < terms.duration_s
     assert terms.retry_s < terms.renew_within_s / 2
+
+
+@pytest.mark.parametrize(
+    ("pod", "ours"),
+    [
+        ("one-ensemble-operator-6d4cf56db6-x7k2p", True),
+        ("two-ensemble-operator-6d4cf56db6-x7k2p", False),
+        ("one-ensemble-operator-two-6d4cf56db6-x7k2p", False),
+        ("one-ensemble-operator", False),
+        ("machine-4711", False),
+        ("", False),
+    ],
+)
+def test_pods_of_a_deployment_are_told_by_their_names(pod: str, ours: bool) -> None:
+    assert is_pod_of("one-ensemble-operator", pod) is ours
+
+
+async def leads_at_once(leases: Leases, name: str) -> bool:
+    terms = Terms(retry_s=0.01)
+    leadership = Leadership(leases, "ns", f"{name}-85c6f4d9b7-aaaaa", Effects(lost=print), terms, name)  # type: ignore[arg-type]
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(leadership.acquire(), 0.3)
+    leads = leadership.leads
+    await leadership.release()
+    return leads
+
+
+async def test_a_lease_of_its_own_waits_for_a_former_pod_that_leads_by_the_default_name() -> None:
+    former = lease("one-6d4cf56db6-x7k2p", 1)
+    leases = Leases(ensemble_operator=former)
+    assert not await leads_at_once(leases, "one")
+    assert "one" not in leases.held
+    leases.held["ensemble-operator"] = Election("one-6d4cf56db6-x7k2p", TERMS).written(former, "", "", 0, held=False)
+    assert await leads_at_once(leases, "one")
+
+
+async def test_a_lease_of_its_own_waits_for_no_other_release() -> None:
+    leases = Leases(ensemble_operator=lease("two-6d4cf56db6-x7k2p", 1))
+    assert await leads_at_once(leases, "one")
+    assert leases.held["ensemble-operator"]["spec"]["holderIdentity"] == "two-6d4cf56db6-x7k2p"

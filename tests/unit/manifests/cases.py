@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from ensemble_operator.manifests import Children, ChildSettings, Manifest, child
 GOLDEN = Path(__file__).parent / "golden"
 UID = "7f0f7b0e-0000-4000-8000-000000000000"
 SETTINGS = ChildSettings("example.com/worker:1.0", "example.com/gateway:1.0", operator_namespace="ensemble-system")
+# Of the cases whose operator has other settings than these.
+OTHER_SETTINGS = {"overrides": dataclasses.replace(SETTINGS, image_pull_secrets=("mirror", "registry"))}
 
 _PLAN = '{"gateway":{"generation":3}}'
 _KEYS = {"own.public": "p" * 40, "own.secret": "s" * 40, "peer.public": "q" * 40, "admin.token": "0123456789abcdef"}
@@ -96,7 +99,7 @@ def resource(case: str, namespace: str = "vision") -> dict[str, Any]:
     }
 
 
-def inputs(case: str, namespace: str = "vision", uid: str = UID, settings: ChildSettings = SETTINGS) -> Children:
+def inputs(case: str, namespace: str = "vision", uid: str = UID, settings: ChildSettings | None = None) -> Children:
     """What the children of a case are made of."""
     ensemble = parse(resource(case, namespace))
     plain = ensemble.spec.transport.encryption == "none"
@@ -105,7 +108,7 @@ def inputs(case: str, namespace: str = "vision", uid: str = UID, settings: Child
     return Children(
         ensemble=ensemble,
         uid=uid,
-        settings=settings,
+        settings=settings or OTHER_SETTINGS.get(case, SETTINGS),
         replicas=counts,
         worker_secret=held,
         gateway_secret=held,

@@ -145,6 +145,15 @@ def test_admin_is_open_to_the_operators_namespace_or_to_all_if_it_has_none() -> 
         assert [r for r in rules if r["ports"][0]["port"] == 8081] == [{"ports": [{"protocol": "TCP", "port": 8081}]}]
 
 
+def test_pull_secrets_of_the_settings_come_before_the_users_and_none_twice() -> None:
+    manifests = children(inputs("overrides"))
+    worker = of_kind(manifests, "StatefulSet")["overrides-worker"]["spec"]["template"]["spec"]
+    gateway = of_kind(manifests, "Deployment")["overrides-gateway"]["spec"]["template"]["spec"]
+    assert worker["imagePullSecrets"] == gateway["imagePullSecrets"] == [{"name": "mirror"}, {"name": "registry"}]
+    without = of_kind(children(inputs("gpu")), "Deployment")["gpu-gateway"]["spec"]["template"]["spec"]
+    assert "imagePullSecrets" not in without
+
+
 def test_pods_listen_on_what_the_settings_say() -> None:
     six = dataclasses.replace(SETTINGS, listen_on="[::]")
     manifests = children(inputs("cpu-plain", settings=six))

@@ -14,7 +14,9 @@ from ensemble_operator.manifests.keeping import APPLIED
 from ensemble_operator.manifests.pods import digest
 from tests.unit.manifests.cases import inputs, resource
 
-NEWER = ChildSettings("example.com/worker:2.0", "example.com/gateway:2.0", "Always", "ensemble-system", "[::]")
+NEWER = ChildSettings(
+    "example.com/worker:2.0", "example.com/gateway:2.0", "Always", "ensemble-system", "[::]", ("registry",)
+)
 WORKLOADS = [
     ("StatefulSet", "gpu-worker", "worker:1.0", "worker:2.0"),
     ("Deployment", "gpu-gateway", "gateway:1.0", "gateway:2.0"),
@@ -47,6 +49,10 @@ def image(workload: Manifest) -> str:
     return str(workload["spec"]["template"]["spec"]["containers"][0]["image"]).rpartition("/")[2]
 
 
+def pull_secrets(workload: Manifest) -> list[str]:
+    return [secret["name"] for secret in workload["spec"]["template"]["spec"].get("imagePullSecrets", [])]
+
+
 @pytest.mark.parametrize(("kind", "name", "old", "new"), WORKLOADS)
 def test_an_operator_upgrade_alone_changes_no_template(kind: str, name: str, old: str, new: str) -> None:
     before = made()[kind, name]
@@ -63,6 +69,19 @@ def test_a_changed_pod_template_takes_the_new_image_of_its_component_only() -> N
     found = kept(NEWER, podTemplate={"worker": {"labels": {"a": "b"}}})
     assert image(found["StatefulSet", "gpu-worker"]) == "worker:2.0"
     assert image(found["Deployment", "gpu-gateway"]) == "gateway:1.0"
+
+
+def test_pull_secrets_are_kept_and_taken_anew_with_the_image() -> None:
+    with_others = dataclasses.replace(NEWER, image_pull_secrets=("other",))
+    worker = ("StatefulSet", "gpu-worker")
+    assert pull_secrets(kept(NEWER, gateway={"timeout": "99s"})["Deployment", "gpu-gateway"]) == []
+    asked = kept(NEWER, annotations={UPGRADE: "now"})[worker]
+    assert pull_secrets(asked) == ["registry"]
+    assert keep_running(made(with_others, annotations={UPGRADE: "now"})[worker], asked) == asked
+    member = {"name": "a", "model": {"uri": "pvc://models/a.pt2"}}
+    changed = made(with_others, annotations={UPGRADE: "now"}, members=[member])[worker]
+    assert pull_secrets(changed) == ["other"]
+    assert pull_secrets(keep_running(changed, asked)) == ["registry"]
 
 
 def test_a_template_that_must_change_otherwise_keeps_its_image() -> None:
