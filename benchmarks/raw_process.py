@@ -88,7 +88,11 @@ class Process:
         return Ready(tuple(self._time(member, rows) for member in self._members))
 
     def run(self, window: ProcessWindow) -> ProcessResult:
-        """One window."""
+        """One window, in the state of a worker's threads."""
+        with predictor.running_models():
+            return self._run(window)
+
+    def _run(self, window: ProcessWindow) -> ProcessResult:
         rounds = [
             self._batches(window.rows, window.batch, k * len(self._rows) // START_OFFSETS) for k in range(START_OFFSETS)
         ]

@@ -79,7 +79,8 @@ class EnsembleWorker(Worker):
         spec = self._workload.input
         rows = np.frombuffer(body, spec.dtype).reshape(-1, *spec.shape)
         parts = [rows[i : i + self._batch_limit] for i in range(0, len(rows), self._batch_limit)]
-        means = [np.mean([member.run([part])[0] for member in self._members], axis=0) for part in parts]
+        with predictor.running_models():
+            means = [np.mean([member.run([part])[0] for member in self._members], axis=0) for part in parts]
         return means[0] if len(means) == 1 else np.concatenate(means)
 
 

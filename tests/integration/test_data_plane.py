@@ -101,18 +101,16 @@ async def test_without_a_rule_every_members_output_is_answered(workers: Workers)
 async def test_rows_never_swap(workers: Workers) -> None:
     """Thousands of requests: of the ensemble and of members, some of clients that leave; every row is its own."""
     async with serving(workers.plan(*TIMES)) as local:
-        deadline = asyncio.get_running_loop().time() + 5
-        answered = await asyncio.gather(*(_ask_recognisably(local, seed, deadline) for seed in range(48)))
-    assert sum(answered) > 1500
+        await asyncio.gather(*(_ask_recognisably(local, seed, 50) for seed in range(48)))
 
 
-async def _ask_recognisably(local: LocalGateway, seed: int, deadline: float) -> int:
+async def _ask_recognisably(local: LocalGateway, seed: int, requests: int) -> None:
     chance = random.Random(seed)
     client = await local.connect()
     asked = 0
-    while asyncio.get_running_loop().time() < deadline:
+    while asked < requests:
         # No row is within 0.25 of another.
-        x = np.arange(8, dtype=np.float32) + (seed * 1000 + asked % 1000) * 8 + np.zeros((chance.randint(1, 40), 1))
+        x = np.arange(8, dtype=np.float32) + (seed * 1000 + asked) * 8 + np.zeros((chance.randint(1, 40), 1))
         x = (x + 0.25 * np.arange(len(x))[:, None]).astype(np.float32)
         model, factor = chance.choice((("echo", 2), ("echo", 2), ("echo.times3", 3), ("echo.times1", 1)))
         client.send(infer(x, model=model))
@@ -122,7 +120,6 @@ async def _ask_recognisably(local: LocalGateway, seed: int, deadline: float) -> 
             continue
         np.testing.assert_allclose((await client.reply()).y(), factor * x, rtol=0, atol=0.1)
         asked += 1
-    return asked
 
 
 async def test_a_member_that_fails_on_some_rows_fails_only_their_requests(workers: Workers) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 # The queues are swept when finished requests may have left more than this, and a part of all that waits.
@@ -168,6 +169,11 @@ class Queues:
         queue = self._queues[member]
         if len(queue) < len(entries):
             return False
+        if not self._alone and len(queue) == len(entries) and all(map(is_, entries, queue)):
+            # Requests for everyone that came since the last batches: the usual case.
+            queue.clear()
+            self._count(member, -self.waiting[member])
+            return True
         last = len(entries) - 1
         for position, (entry, other) in enumerate(zip(entries, queue, strict=False)):
             if entry is other:

@@ -21,6 +21,8 @@ from ensemble_contract.tensors import TensorSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Ranges = tuple[tuple[int, int], ...]
+Slots = np.ndarray[Any, np.dtype[np.int64]]
+Chosen = slice | Slots
 
 # Linux's number, which Python 3.11 does not name: address space that is not counted as memory before it is touched.
 _MAP_NORESERVE = 0x4000
@@ -162,26 +164,24 @@ class RowStore:
         return [rows[where] for rows in self._inputs]
 
     def keep(self, columns: Sequence[int], ranges: Sequence[tuple[int, int]], results: Sequence[Array]) -> None:
-        """Store outputs of members, each of shape (len(columns), rows, *shape), for the rows in `ranges`, in order."""
-        if len(ranges) == 1:
-            start, count = ranges[0]
-            for kept, result in zip(self.outputs, results, strict=True):
-                for column, of_member in zip(columns, result, strict=True):
-                    kept[column, start : start + count] = of_member
-            return
-        where = slots_of(ranges)
+        """Store outputs of members, each of shape (len(columns), rows, *shape), for the rows in `ranges`, in order.
+
+        Raises ValueError where there are outputs of more or fewer members.
+        """
+        chosen = _chosen(tuple(columns))
         for kept, result in zip(self.outputs, results, strict=True):
-            for column, of_member in zip(columns, result, strict=True):
-                kept[column, where] = of_member
+            if len(result) != len(columns):
+                # One would be taken for all.
+                raise ValueError(f"outputs of {len(result)} members for {len(columns)} columns")
+            kept[_index(chosen, ranges)] = result
 
     def stack(self, output: int, columns: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Array:
         """What these columns hold for the rows in `ranges`: an array of shape (columns, rows, *shape), maybe a view."""
         kept, chosen = self.outputs[output], _chosen(tuple(columns))
-        if len(ranges) == 1:
-            start, count = ranges[0]
-            return kept[chosen, start : start + count]
-        where = slots_of(ranges)
-        return kept[chosen, where] if isinstance(chosen, slice) else kept[chosen[:, None], where]
+        if isinstance(chosen, slice) and len(ranges) > 1:
+            # A few times quicker than an index.
+            return kept[chosen].take(slots_of(ranges), axis=1)
+        return kept[_index(chosen, ranges)]
 
     def give_back(self, columns: Iterable[int]) -> None:
         """Nobody needs what these columns hold: their memory is free."""
@@ -195,7 +195,7 @@ class RowStore:
 
 
 @lru_cache(maxsize=CACHED_CHOICES)
-def _chosen(columns: tuple[int, ...]) -> slice | np.ndarray[Any, np.dtype[np.int64]]:
+def _chosen(columns: tuple[int, ...]) -> Chosen:
     """What selects these columns; a slice, and so without a copy, where they lie side by side in order."""
     first = columns[0]
     if columns == tuple(range(first, first + len(columns))):
@@ -203,9 +203,18 @@ def _chosen(columns: tuple[int, ...]) -> slice | np.ndarray[Any, np.dtype[np.int
     return np.array(columns, np.int64)
 
 
-def slots_of(ranges: Sequence[tuple[int, int]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _index(chosen: Chosen, ranges: Sequence[tuple[int, int]]) -> tuple[Chosen, slice | Slots]:
+    """What selects these rows of the chosen columns."""
+    if len(ranges) == 1:
+        start, count = ranges[0]
+        return chosen, slice(start, start + count)
+    where = slots_of(ranges)
+    return (chosen, where) if isinstance(chosen, slice) else (chosen[:, None], where)
+
+
+def slots_of(ranges: Sequence[tuple[int, int]]) -> Slots:
     """Every slot in the ranges, in order."""
-    if all(count == 1 for _, count in ranges):
+    if sum([count for _, count in ranges]) == len(ranges):
         return np.array([start for start, _ in ranges], np.int64)
     return np.concatenate([np.arange(start, start + count) for start, count in ranges])
 

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from ensemble_contract.wire import FailureCode
 from ensemble_worker.errors import DeviceLost
 from ensemble_worker.links import LinkServer, Peer, Work
-from ensemble_worker.predictor import Predictor, is_out_of_memory, prepare_thread
+from ensemble_worker.predictor import Predictor, is_out_of_memory, running_models
 
 _LOG = logging.getLogger(__name__)
 
@@ -124,26 +124,30 @@ class Executor(threading.Thread):
 
     def run(self) -> None:
         """The thread: receive, then run one batch for each gateway in turn."""
-        prepare_thread()
-        waiting = self._waiting
         try:
-            while not self._stopped:
-                parting = self._serial and bool(self._leaving)
-                for work in self._server.receive(block=not waiting and not parting):
-                    waiting.setdefault(work.peer, deque()).append(work)
-                if parting:
-                    self._let_go()
-                if not waiting:
-                    continue
-                peer, queue = next(iter(waiting.items()))
-                work = queue.popleft()
-                del waiting[peer]
-                if queue:
-                    waiting[peer] = queue
-                self._start(work)
+            with running_models():
+                while not self._stopped:
+                    self._turn()
         except Exception as error:
             self._give_up(error)
         self._end()
+
+    def _turn(self) -> None:
+        """Receive what there is, and run one batch of the gateway whose turn it is."""
+        waiting = self._waiting
+        parting = self._serial and bool(self._leaving)
+        for work in self._server.receive(block=not waiting and not parting):
+            waiting.setdefault(work.peer, deque()).append(work)
+        if parting:
+            self._let_go()
+        if not waiting:
+            return
+        peer, queue = next(iter(waiting.items()))
+        work = queue.popleft()
+        del waiting[peer]
+        if queue:
+            waiting[peer] = queue
+        self._start(work)
 
     def _let_go(self) -> None:
         """Part with the instances that leave and have nothing waiting."""
@@ -194,12 +198,12 @@ class Executor(threading.Thread):
 
     def _run_queue(self, handed: list[Running]) -> None:
         """An instance's thread. `handed` is emptied: when it is done, nothing here shall keep a model in memory."""
-        prepare_thread()
         running = handed.pop()
         instance = running.id
         try:
-            while (work := running.queue.get()) is not None and not self._stopped:
-                self._execute([running], work)
+            with running_models():
+                while (work := running.queue.get()) is not None and not self._stopped:
+                    self._execute([running], work)
         except Exception as error:
             self._give_up(error)
         del running

@@ -18,14 +18,16 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from ensemble_contract import wire
 from ensemble_contract.errors import ProtocolError
 from ensemble_contract.layout import StoreLayout, aligned, result_offsets
 from ensemble_contract.ring import HEADER_BYTES, Ring
-from ensemble_contract.tensors import rows_of
 from ensemble_gateway.batches import Batch
 from ensemble_gateway.links import LinkOwner, check_state, check_times
 from ensemble_gateway.links.cache import CacheMap, Slots, freed_ranges
+from ensemble_gateway.request import Array
 from ensemble_gateway.rowstore import RowStore
 
 _LOG = logging.getLogger(__name__)
@@ -276,10 +278,10 @@ class SharedLink:
             self._owner.worker_failed(message)
         else:
             check_times(message, many)
-            outputs = []
-            for start, spec in zip(starts, self._outputs, strict=True):
-                raw = session.results[at + start : at + start + many * rows * spec.row_bytes]
-                outputs.append(rows_of(raw, spec, many * rows).reshape(many, rows, *spec.shape))
+            outputs: list[Array] = [
+                np.ndarray((many, rows, *spec.shape), spec.dtype, session.results, at + start)
+                for start, spec in zip(starts, self._outputs, strict=True)
+            ]
             self._owner.worker_result(message, outputs)
         session.arena.give(at, size)
 

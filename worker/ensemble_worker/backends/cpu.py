@@ -39,13 +39,16 @@ class CpuPredictor:
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Outputs of a batch; see `Predictor.run`."""
+        # Threads of a worker are in this mode all the time: to enter it takes as long as a small layer.
+        if not torch.is_inference_mode_enabled():
+            with torch.inference_mode():
+                return self.run(inputs)
         rows = len(inputs[0])
-        with torch.inference_mode():
-            tensors = [make(inputs[i]) for i, make in self._imports]
-            results = self._unpack(self._call(*tensors))
-            if self.fixed_batch is not None:
-                results = [result[:rows] for result in results]
-            arrays = [export(results[j]) for j, export in self._exports]
+        tensors = [make(inputs[i]) for i, make in self._imports]
+        results = self._unpack(self._call(*tensors))
+        if self.fixed_batch is not None:
+            results = [result[:rows] for result in results]
+        arrays = [export(results[j]) for j, export in self._exports]
         for array, row_bytes in zip(arrays, self._row_bytes, strict=True):
             if array.nbytes != rows * row_bytes:
                 raise RuntimeError(f"the model gave {array.nbytes} bytes for {rows} rows of {row_bytes}")
