@@ -102,7 +102,10 @@ class ProfileJob(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ProfileResult(msgspec.Struct, frozen=True, rename="camel"):
-    """What a worker has found out of one task so far; with `finished`, all that it will."""
+    """What a worker has found out of one task so far; with `finished`, all that it will.
+
+    `sizes` are those that the task asks for; empty of a worker too old to tell.
+    """
 
     member: str
     digest: str
@@ -111,6 +114,7 @@ class ProfileResult(msgspec.Struct, frozen=True, rename="camel"):
     points: tuple[Point, ...] = ()
     error: str | None = None
     finished: bool = False
+    sizes: tuple[int, ...] = ()
 
 
 class ColocationResult(msgspec.Struct, frozen=True, rename="camel"):

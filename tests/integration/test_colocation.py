@@ -11,7 +11,7 @@ import pytest
 
 from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import TensorSpec
-from ensemble_operator.profiles.colocating import Colocating
+from ensemble_operator.profiles.colocating import Colocating, Factor, KeptFactors
 from ensemble_operator.profiles.measurements import Device
 from tests.support.models import export_mlp
 
@@ -51,13 +51,23 @@ async def test_a_cpu_device_is_shared_in_turns_and_the_factor_is_kept(
     assert len(said) == 1
 
 
+async def test_without_time_for_it_only_what_is_known_counts(tmp_path: Path, sources: dict[str, ModelSource]) -> None:
+    said: list[str] = []
+    rows = {"K": {"a": 64, "b": 64}}
+    colocating = Colocating(DEVICES, tmp_path / "cache", said.append, budget_s=0.5)
+    assert await colocating.factors(rows, sources, ((X,), (Y,))) == {}
+    assert said == ["co-location on K is not measured, perfect sharing assumed: no time is left for it"]
+    KeptFactors(tmp_path / "cache").write("K", Factor(1.25))
+    assert await colocating.factors(rows, sources, ((X,), (Y,))) == {"K": 1.25}
+
+
 @pytest.mark.slow
 async def test_members_that_cannot_be_loaded_leave_perfect_sharing(
     tmp_path: Path, sources: dict[str, ModelSource]
 ) -> None:
     said: list[str] = []
     torn = {**sources, "b": ModelSource("b", "b", "file:///none.pt2", "torch-export")}
-    colocating = Colocating(DEVICES, tmp_path / "cache", said.append, budget_s=1.0)
+    colocating = Colocating(DEVICES, tmp_path / "cache", said.append, budget_s=2.0)
     assert await colocating.factors({"K": {"a": 8, "b": 8}}, torn, ((X,), (Y,))) == {}
     assert "perfect sharing assumed: member 'b'" in said[-1]
     assert not (tmp_path / "cache" / "colocation").exists()

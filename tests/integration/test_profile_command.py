@@ -27,7 +27,7 @@ def resource(*, large: str = "file:large.pt2", quorum: int = 2) -> str:
         f"  - {{name: large, model: {{uri: '{large}'}}}}\n"
         "  input: {name: x, datatype: FP32, shape: [8]}\n  output: {name: y, datatype: FP32, shape: [10]}\n"
         f"  combine: {{rule: mean, quorum: {quorum}}}\n"
-        "  batching: {sizes: [1, 16], maxQueueBytes: 16Mi}\n  planning: {profileBudget: 60s}\n"
+        "  batching: {sizes: [1, 16], maxQueueBytes: 16Mi}\n  planning: {profileBudget: 120s}\n"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+import torch
 
 from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import TensorSpec
@@ -21,6 +22,7 @@ from ensemble_operator.control.colocation import assign_sharing, learn_sharing
 from ensemble_operator.control.profiling import Measurer
 from ensemble_operator.fleet import Fleet, ProfileReport, Unreachable
 from ensemble_operator.plans import Tensors
+from tests.integration.test_profiler import Wide
 from tests.support import models
 from tests.support.data_plane import wait_until
 from tests.support.pod_worker import PodWorker
@@ -235,6 +237,24 @@ def test_a_job_that_is_ended_or_replaced_leaves_no_process(worker: PodWorker, tm
                 worker.process.terminate()
                 assert worker.wait() == 0
             wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_size_that_ran_out_of_memory_is_not_run_again(tmp_path: Path) -> None:
+    path = models.export_module(tmp_path / "wide.pt2", Wide().eval(), [torch.zeros(2, 1)])
+    order = {"id": "a", "tasks": [task(path, 1, 128, budget_s=60.0)]}
+    worker = PodWorker(tmp_path, "pod-0", device=("cpu-0", "--threads", "1", "--memory", str(800 << 20)))
+    try:
+        worker.wait_up()
+        worker.ask("PUT", "/v1/profile", order)
+        (before,) = done(worker)
+        assert "does not fit in memory with 128 rows" in before["error"]
+        assert ([one["batchSize"] for one in before["points"]], before["sizes"]) == ([1], [1, 128])
+        worker.ask("PUT", "/v1/profile", order | {"id": "b"})
+        (after,) = done(worker)
+        assert after | {"downloadedBytes": None} == before | {"downloadedBytes": None}
+        assert worker.text().count("measuring cat") == 1
+    finally:
+        worker.end()
 
 
 def test_too_little_memory_beside_what_runs_is_a_result(tmp_path: Path) -> None:

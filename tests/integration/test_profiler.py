@@ -105,6 +105,15 @@ def test_a_spent_budget_still_gives_the_smallest_size(tmp_path: Path) -> None:
     assert [line.get("batchSize") for line in lines] == [None, 1]
 
 
+def test_loading_may_be_part_of_the_budget(tmp_path: Path) -> None:
+    path = models.export_mlp(tmp_path / "m.pt2", seed=1)
+    head, *_ = lines = _lines(_measure(*CPU, "--sizes", "1,2", "--budget-s", "20", spec=_spec(path)))
+    assert [line.get("batchSize") for line in lines] == [None, 1, 2]
+    spent = ("--budget-s", f"{head['loadS'] / 4}", "--load-included")
+    lines = _lines(_measure(*CPU, "--sizes", "1,2", *spent, spec=_spec(path)))
+    assert [line.get("batchSize") for line in lines] == [None, 1]
+
+
 def test_memory_is_capped_and_said(tmp_path: Path) -> None:
     path = models.export_module(tmp_path / "m.pt2", Wide().eval(), [torch.zeros(2, 1)])
     lines = _lines(

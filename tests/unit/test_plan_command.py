@@ -40,6 +40,8 @@ def cluster(
     }
 
 
+SERIES = {"class": "gpu", "kind": "cuda", "capacityMiB": 1000}
+
 ENSEMBLE = """
 apiVersion: ensemble-operator.io/v1alpha1
 kind: InferenceEnsemble
@@ -177,6 +179,7 @@ def test_without_matplotlib_the_extra_is_named(
         (cluster(more={"batchSizes": [1, 8, 64]}), (), 3, "batch size 64 can be run by no member"),
         (cluster(more={"surprise": 1}), (), 3, "c.yaml: document.surprise: unknown field"),
         (cluster(members=("a", "a")), (), 3, "member 'a' is listed 2 times"),
+        (cluster(more={"devices": [SERIES | {"counts": []}]}), (), 3, "c.yaml: devices[0].counts: at least one count"),
         (cluster(more={"profiles": [profile("a", 1, rows_per_s=float("nan"))]}), (), 3, "rows/s must be a finite"),
         (cluster(more={"profiles": 3}), (), 3, "profiles: expected a list"),
         ("just a text", (), 3, "c.yaml"),
@@ -187,8 +190,8 @@ def test_without_matplotlib_the_extra_is_named(
         (cluster(), ("--plot", "x.gif"), 1, "must end in .png"),
     ],
     ids=[
-        "memory", "no devices", "size", "field", "twice", "nan", "type", "text", "yaml", "empty", "inventory", "folder",
-        "suffix",
+        "memory", "no devices", "size", "field", "twice", "series", "nan", "type", "text", "yaml", "empty", "inventory",
+        "folder", "suffix",
     ],
 )  # fmt: skip
 def test_refusals(
@@ -204,6 +207,14 @@ def test_refusals(
     assert said.startswith("ensemble: ")
     assert message in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("seed", ["-1", "2147483648", "x"])
+def test_a_seed_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(written(tmp_path / "c.yaml", cluster()), f"--seed={seed}")
+    assert ended.value.code == 2
+    assert f"{seed!r} is not a whole number in 0..2147483647" in capsys.readouterr().err
 
 
 def test_an_inventory_without_devices_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

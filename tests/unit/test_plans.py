@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from ensemble_contract.plan import EnsemblePlan, GatewayPlan, decode_plan, encode_plan
 from ensemble_contract.tensors import TensorSpec
+from ensemble_operator.allocation.errors import InvalidProblem
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.worstfit import fill, worst_fit
 from ensemble_operator.api import InferenceEnsemble, InvalidSpec, parse
 from ensemble_operator.plans import Tensors, ensemble_plan, gateway_plan, model_source
+from ensemble_operator.profiles.held import planning_problem
 from ensemble_operator.profiles.measurements import (
     UNMEASURED_OVERHEAD_BYTES,
     Device,
@@ -23,7 +25,6 @@ from ensemble_operator.profiles.measurements import (
     declared,
     devices_of,
     measurement_of,
-    planning_problem,
     sizes_to_measure,
 )
 
@@ -150,7 +151,9 @@ class TestPlanningProblem:
             ("b", "K"): Measurement(points=(Point(4, 10, 0.1, MIB),), overhead_bytes=120 * MIB),
             ("c", "K"): Measurement(error="no such file"),
         }
-        problem = planning_problem(self.devices, measured, headroom=0.2, held_bytes={"cpu": 30 * MIB, "cuda": 7})
+        problem = planning_problem(
+            self.devices, measured, sizes=(1, 4, 8), headroom=0.2, held_bytes={"cpu": 30 * MIB, "cuda": 7}
+        )
         assert [m.name for m in problem.members] == ["a", "b"]
         assert problem.batch_sizes == (1, 4, 8)
         assert [d.overhead_bytes for d in problem.devices] == [150 * MIB] * 2
@@ -158,9 +161,25 @@ class TestPlanningProblem:
         matrix = fill(problem, worst_fit(problem))
         assert matrix.sizes.tolist() == [[8, 4], [8, 4]]
 
+    def test_only_the_batch_sizes_of_the_spec_are_planned_and_that_of_a_model_that_takes_no_other(self) -> None:
+        points = tuple(Point(size, 10.0 * size, 0.1, MIB) for size in (1, 8, 64))
+        measured = {
+            ("a", "K"): Measurement(points=points),
+            ("fixed", "K"): Measurement(Signature(fixed_batch=16), (Point(16, 50, 0.3, MIB),)),
+        }
+        problem = planning_problem(self.devices, measured, sizes=(8, 32), headroom=0.1, held_bytes={})
+        assert {(p.member, p.batch_size) for p in problem.profiles} == {("a", 8), ("fixed", 16)}
+        assert problem.batch_sizes == (8, 16)
+        with pytest.raises(InvalidProblem) as refusal:
+            planning_problem(self.devices, measured, sizes=(2, 32), headroom=0.1, held_bytes={})
+        assert (
+            "member 'a' is profiled at batch sizes 1, 8, 64, none of which is in the spec's batching.sizes (2, 32)"
+            in (str(refusal.value))
+        )
+
     def test_an_overhead_that_nobody_measured(self) -> None:
         measured = {("a", "K"): Measurement(points=(Point(1, 10, 0.1, MIB),))}
-        problem = planning_problem(self.devices, measured, headroom=0.1, held_bytes={})
+        problem = planning_problem(self.devices, measured, sizes=(1,), headroom=0.1, held_bytes={})
         assert problem.devices[0].overhead_bytes == UNMEASURED_OVERHEAD_BYTES
 
 

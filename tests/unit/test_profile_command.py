@@ -14,6 +14,7 @@ from ensemble_operator.profiles.measurements import Device, Measurement, Point, 
 from ensemble_operator.profiles.profiling import Profiled
 from ensemble_operator.profiles.progress_notes import MemberProgress
 from ensemble_operator.profiles.report import profile_document, profile_table, remarks
+from ensemble_operator.profiles.serving_cost import ServingCost
 
 MIB = 1 << 20
 CLASS = "cpu, 1 core"
@@ -63,6 +64,12 @@ def test_a_member_that_fails_is_named_and_left_out() -> None:
     assert document["failures"] == [{"member": "b", "deviceClass": CLASS, "error": "no such file"}]
     assert composed(document, None, None, "profiles.yaml").problems
     assert remarks(found) == [f"b on {CLASS}: no such file", "2 profiles (1 measured anew) in 2.0 s"]
+
+
+def test_a_cost_of_serving_that_varied_is_remarked_on() -> None:
+    steady, varied = (remarks(profiled(a=GOOD), ServingCost(1e-3, 1e-5, spread)) for spread in (0.1, 0.6))
+    assert not any("differ" in line for line in steady)
+    assert any("in windows that differ by 60%" in line for line in varied)
 
 
 def test_the_table_has_a_line_for_every_batch_size() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ensemble_contract.tensors import TensorSpec
+from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.problem import DeviceSpec, Member, Problem, Profile
 from ensemble_operator.allocation.throughput import rows_per_s
+from ensemble_operator.load.live import Score
+from ensemble_operator.load.serving import WINDOWS, windows_of
+from ensemble_operator.profiles import serving_cost
 from ensemble_operator.profiles.measurements import Device, Measurement, Point
 from ensemble_operator.profiles.serving_cost import (
     KeptCosts,
@@ -19,6 +25,7 @@ from ensemble_operator.profiles.serving_cost import (
     ServingCost,
     as_served,
     cost_key,
+    cost_of,
     fitted,
     layouts_to_measure,
     with_known_cost,
@@ -69,6 +76,44 @@ def test_what_cannot_tell_is_not_measured() -> None:
     alone = problem_of(MEASURED)
     tight = replace(alone, devices=tuple(replace(d, capacity_bytes=20, overhead_bytes=5) for d in alone.devices))
     assert layouts_to_measure(tight) == ()
+
+
+def test_medians_count_and_a_large_spread_is_told() -> None:
+    alone = problem_of(MEASURED)
+    small, large = layouts_to_measure(alone)
+    cost = ServingCost(1e-3, 1e-5)
+    true = {m: rows_per_s(problem_of(as_served(MEASURED, cost, {"K"})), m) for m in (small, large)}
+    found = cost_of(alone, {m: [0.5 * rate, rate, 1.1 * rate] for m, rate in true.items()})
+    assert found.batch_s == pytest.approx(1e-3, rel=1e-3)
+    assert found.row_s == pytest.approx(1e-5, rel=1e-2)
+    assert found.spread == pytest.approx(0.6)
+
+
+def test_layouts_take_turns_and_one_that_fails_ends_it() -> None:
+    layouts = layouts_to_measure(problem_of(MEASURED))
+    asked: list[Matrix] = []
+
+    def answering(failures: dict[int, str]) -> Callable[[Matrix], Awaitable[Score]]:
+        async def measure(matrix: Matrix) -> Score:
+            asked.append(matrix)
+            failure = failures.get(len(asked), "")
+            return Score(0.0 if failure else float(len(asked)), 1.0, failure)
+
+        return measure
+
+    windows, failure = asyncio.run(windows_of(answering({}), layouts))
+    assert (asked, failure) == ([*layouts] * WINDOWS, "")
+    assert windows == {layouts[0]: [1.0, 3.0, 5.0], layouts[1]: [2.0, 4.0, 6.0]}
+    asked.clear()
+    assert asyncio.run(windows_of(answering({2: "out of memory"}), layouts))[1] == "out of memory"
+    assert len(asked) == 2
+
+
+def test_other_libraries_are_another_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cost_key(TENSORS, 2, DEVICES)
+    assert cost_key(TENSORS, 2, DEVICES) == before
+    monkeypatch.setattr(serving_cost, "library_versions", lambda: "torch 99")
+    assert cost_key(TENSORS, 2, DEVICES) != before
 
 
 def test_what_is_known_is_reckoned_with_on_cpus_only(tmp_path: Path) -> None:

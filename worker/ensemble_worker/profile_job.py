@@ -23,6 +23,7 @@ from ensemble_contract.plan import MAX_BATCH_SIZE, ModelSource
 from ensemble_contract.tensors import TensorSpec
 from ensemble_worker import colocation
 from ensemble_worker.devices import Device
+from ensemble_worker.errors import OutOfMemory
 from ensemble_worker.measuring_process import conduct
 from ensemble_worker.profile_store import Found, Point, ProfileStore
 
@@ -101,6 +102,7 @@ class Line(msgspec.Struct, frozen=True, rename="camel"):
     spread: float = 0.0
     form: str = ""
     error: str = ""
+    kind: str = ""
     downloaded_bytes: int | None = None
     total_bytes: int | None = None
 
@@ -121,6 +123,7 @@ class Progress:
         return {
             "member": self.task.source.name,
             "digest": self.task.source.digest,
+            "sizes": self.task.sizes,
             "signature": self.found.signature,
             "overheadBytes": self.found.overhead_bytes,
             "points": self.found.points,
@@ -229,11 +232,12 @@ class ProfileJob:
     async def _measure(self, progress: Progress) -> None:
         # Another task of this job may have measured it.
         progress.found = self._store.recall(progress.task.source)
-        task = progress.task
-        sizes = progress.found.missing(task.sizes)
+        task, spare_bytes = progress.task, self._spare_bytes()
+        if any(progress.found.is_too_large(size, spare_bytes) for size in task.sizes):
+            progress.error = progress.found.error
+        sizes = progress.found.missing(task.sizes, spare_bytes)
         if not sizes:
             return
-        spare_bytes = self._spare_bytes()
         if too_little := _too_little(spare_bytes):
             progress.error = (
                 f"member {task.source.name!r} cannot be measured: {too_little}: give the device more memory, or the "
@@ -244,7 +248,11 @@ class ProfileJob:
         rest = ("--spec", "-", "--sizes", ",".join(map(str, sizes)), "--budget-s", f"{task.budget_s:g}")
         command = self._command("measure", spare_bytes, *rest)
         spec = {"member": task.source, "inputs": task.inputs, "outputs": task.outputs}
-        how = await conduct(command, spec, lambda text: self._take(msgspec.json.decode(text, type=Line), progress))
+
+        def take(text: bytes) -> None:
+            self._take(msgspec.json.decode(text, type=Line), progress, spare_bytes)
+
+        how = await conduct(command, spec, take)
         if how and not progress.error:
             progress.error = f"member {task.source.name!r}: measuring {how}"
             _LOG.error("%s", progress.error)
@@ -272,7 +280,7 @@ class ProfileJob:
         else:
             _LOG.warning("co-location is not measured: %s", sharing.found.error)
 
-    def _take(self, line: Line, progress: Progress) -> None:
+    def _take(self, line: Line, progress: Progress, spare_bytes: int | None) -> None:
         progress.downloaded_bytes, progress.total_bytes = line.downloaded_bytes, line.total_bytes
         found = progress.found
         if line.signature is not None:
@@ -284,6 +292,8 @@ class ProfileJob:
             found = found.with_point(point)
             self.measured_points += 1
         if line.error:
+            if line.batch_size and line.kind == OutOfMemory.kind:
+                found = found.with_failure(line.batch_size, spare_bytes, line.error)
             progress.error = line.error
             _LOG.warning("measuring: %s", line.error)
         if found is not progress.found:

@@ -21,6 +21,9 @@ from ensemble_worker.colocation import Factor
 
 _LOG = logging.getLogger(__name__)
 
+# What ran out of memory is tried again with so many times as much: what is spare beside what serves varies.
+MORE_MEMORY = 1.25
+
 KeptT = TypeVar("KeptT", bound=msgspec.Struct)
 
 
@@ -36,23 +39,46 @@ class Point(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class Found(msgspec.Struct, frozen=True, rename="camel"):
-    """What is known of a model on a class of device. `signature` is what the model file tells of its tensors."""
+    """What is known of a model on a class of device. `signature` is what the model file tells of its tensors.
+
+    `failed_size` is the smallest batch size for which memory did not suffice (0: none), `failed_bytes` how much a
+    measuring process could take then (None: all there was), `error` what it said.
+    """
 
     signature: dict[str, Any] | None = None
     overhead_bytes: int = 0
     points: tuple[Point, ...] = ()
+    failed_size: int = 0
+    failed_bytes: int | None = None
+    error: str = ""
 
     def with_point(self, point: Point) -> Found:
         """The same, and one batch size more; ascending."""
         points = [point, *(one for one in self.points if one.batch_size != point.batch_size)]
-        return msgspec.structs.replace(self, points=tuple(sorted(points, key=lambda one: one.batch_size)))
+        found = msgspec.structs.replace(self, points=tuple(sorted(points, key=lambda one: one.batch_size)))
+        if not 0 < self.failed_size <= point.batch_size:
+            return found
+        return msgspec.structs.replace(found, failed_size=0, failed_bytes=None, error="")
 
-    def missing(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """The batch sizes that are still to be measured, ascending; a model of one fixed batch has no other."""
+    def with_failure(self, size: int, memory_bytes: int | None, error: str) -> Found:
+        """The same, and a batch size that so much memory does not suffice for."""
+        return msgspec.structs.replace(self, failed_size=size, failed_bytes=memory_bytes, error=error)
+
+    def is_too_large(self, size: int, memory_bytes: int | None) -> bool:
+        """Whether a batch size has run out of memory, and there is not noticeably more of it now."""
+        if not 0 < self.failed_size <= size:
+            return False
+        return memory_bytes is None or self.failed_bytes is None or memory_bytes < MORE_MEMORY * self.failed_bytes
+
+    def missing(self, sizes: tuple[int, ...], memory_bytes: int | None = None) -> tuple[int, ...]:
+        """The batch sizes that are still to be measured, ascending; a model of one fixed batch has no other.
+
+        `memory_bytes` is what measuring may take; None for all there is.
+        """
         known = {point.batch_size for point in self.points}
         if known and (self.signature or {}).get("fixedBatch") in known:
             return ()
-        return tuple(sorted(set(sizes) - known))
+        return tuple(size for size in sorted(set(sizes) - known) if not self.is_too_large(size, memory_bytes))
 
 
 class ProfileStore:

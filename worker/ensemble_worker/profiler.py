@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -91,7 +91,8 @@ def main(argv: list[str]) -> int:
         sys.stderr.write(f"measure: {error}\n")
         return USAGE_EXIT
     try:
-        measure(subject, device, options.sizes, options.budget_s, options.memory_limit, options.cache_dir, _print_line)
+        budget = Budget(options.budget_s, options.load_included)
+        measure(subject, device, options.sizes, budget, options.memory_limit, options.cache_dir, _print_line)
     except ModelError as error:
         _print_line({"error": str(error), "kind": error.kind})
     return 0
@@ -102,19 +103,26 @@ def _print_line(line: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+class Budget(NamedTuple):
+    """Seconds for the batches, and whether loading the model (once it is on disk) is part of them."""
+
+    seconds: float
+    load_included: bool
+
+
 def measure(
     subject: Subject,
     device: Device,
     sizes: Sequence[int],
-    budget_s: float,
+    budget: Budget,
     memory_limit: int | None,
     cache_dir: Path,
     say: Say,
 ) -> None:
     """Say the lines that `measure` prints. The first batch size is measured even if the budget is spent by then.
 
-    `budget_s` is for the batches, once the model is loaded. Changes this process: its number of threads and its limit
-    of memory. Raises ModelError if the member cannot be loaded, or does not run at its smallest batch size.
+    Changes this process: its number of threads and its limit of memory. Raises ModelError if the member cannot be
+    loaded, or does not run at its smallest batch size.
     """
     meter = prepare(device, memory_limit)
     path = storage.fetch(subject.member, cache_dir, _saying_progress(say))
@@ -128,7 +136,7 @@ def measure(
     loaded = model.at(ascending[0])
     say(_first_line(told, device, time.monotonic() - before, meter))
     ChosenForms(cache_dir).keep(subject.member, device, model.form)
-    deadline = time.monotonic() + budget_s
+    deadline = (before if budget.load_included else time.monotonic()) + budget.seconds
     found = [_measure_size(loaded, inputs, ascending[0], meter)]
     say(found[0].as_json())
     for size in ascending[1:]:
@@ -247,6 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget-s", type=float, default=30.0, help="for all batch sizes together, once the model is loaded"
     )
+    parser.add_argument("--load-included", action="store_true", help="the budget is for loading the model, too")
     parser.add_argument(
         "--memory-limit", type=int, metavar="BYTES", help="what measuring may take (default: 80 %% of what is free)"
     )

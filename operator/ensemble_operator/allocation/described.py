@@ -11,6 +11,7 @@ for FP32: launches, arithmetic, reading the weights once a batch. Measured profi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ _FIELDS = {"name": str, "source": str, "batchSizes": list, "headroom": float, "d
 _FIELDS |= {"profiles": list}
 
 _MAX_DEVICES = 100_000
+# Of a figure for an estimate, in the figure's own unit: far beyond any network or device.
+_MAX_FIGURE = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,8 @@ def _series(devices: list[dict[str, Any]]) -> list[list[int]]:
         if ("count" in device) == ("counts" in device):
             raise _Fault(f"devices[{index}]: exactly one of count and counts is needed")
     wanted = devices[series[0]]["counts"] if series else [0]
+    if not wanted:
+        raise _Fault(f"devices[{series[0]}].counts: at least one count is needed")
     path = f"devices[{series[0]}].counts" if series else "devices"
     rows = [
         [
@@ -150,7 +155,7 @@ def _items(
 
 
 def _fields(value: object, path: str, types: Mapping[str, type], required: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of a mapping, each of its type; figures of an estimate must be above 0."""
+    """The fields of a mapping, each of its type; figures of an estimate must be finite, and most of them above 0."""
     if not isinstance(value, Mapping):
         raise _Fault(f"{path}: expected a mapping, got {_kind(value)}")
     for key in value:
@@ -161,13 +166,18 @@ def _fields(value: object, path: str, types: Mapping[str, type], required: tuple
             raise _Fault(f"{path}.{key}: missing")
     found = {key: _typed(value[key], types[key], f"{path}.{key}") for key in value}
     for key in ("tflops", "gbPerS", "parametersMillion", "gmacs"):
-        if key in found and not 0 < found[key] < float("inf"):
-            raise _Fault(f"{path}.{key}: must be a finite number above 0, got {found[key]}")
+        if key in found and not 0 < found[key] <= _MAX_FIGURE:
+            raise _Fault(f"{path}.{key}: must be a finite number above 0 and at most {_MAX_FIGURE:g}, got {found[key]}")
+    for key in ("activationsMillion", "launchMs"):
+        if key in found and not 0 <= found[key] <= _MAX_FIGURE:
+            raise _Fault(f"{path}.{key}: must be a finite number from 0 to {_MAX_FIGURE:g}, got {found[key]}")
     return found
 
 
 def _typed(value: object, wanted: type, path: str) -> Any:
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > sys.float_info.max:
+            raise _Fault(f"{path}: the number is too large")
         return float(value)
     if not isinstance(value, wanted) or isinstance(value, bool):
         raise _Fault(f"{path}: expected {_KINDS[wanted]}, got {_kind(value)}")

@@ -17,6 +17,7 @@ import numpy as np
 from ensemble_operator.allocation.layout import Layout, Line, Row
 from ensemble_operator.allocation.moves import Move, Surroundings
 from ensemble_operator.allocation.tables import Floats, Tables
+from ensemble_operator.allocation.throughput import times_of
 
 # So many instances go each way at most.
 _MOST_EXCHANGED = 2
@@ -81,7 +82,7 @@ def fitted_row(tables: Tables, pool: int, parts: Mapping[int, float], usable_byt
 
 def _parts(around: Surroundings) -> Floats:
     """Rows that one device of each line answers of every member, for each row of the ensemble."""
-    answered = around.solution.times * around.rates
+    answered = times_of(around.tables, around.layout) * around.rates
     total = answered.sum(axis=0)
     return np.asarray(answered / np.where(total > 0, total, 1) / around.counts[:, None])
 

@@ -10,9 +10,10 @@ from ensemble_operator.allocation.errors import MIB
 from ensemble_operator.allocation.layout import layout_of
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.memory import free_bytes, used_bytes
+from ensemble_operator.allocation.no_more import NoMore
 from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.allocation.tables import Bools, Floats
-from ensemble_operator.allocation.throughput import Solution, solve, time_limits
+from ensemble_operator.allocation.throughput import Solution, solve, time_limits, times_of
 
 # A device or member is part of the bottleneck when its price is above this share of the largest.
 _PRICED = 1e-6
@@ -20,13 +21,17 @@ _PRICED = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """A matrix row: bytes that its instances take and leave, and the share of its time that the plan needs."""
+    """A matrix row: bytes that its instances take and leave, and the share of its time that the plan needs.
+
+    `why_unused` is empty for a device that holds something.
+    """
 
     device: str
     used_bytes: int
     free_bytes: int
     utilisation: float
     is_bottleneck: bool
+    why_unused: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +49,16 @@ class InstanceUse:
 
 @dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """What limits the ensemble. A member's price is its part in the limit; prices sum to 1."""
+    """What limits the ensemble. A member's price is its part in the limit; prices sum to 1.
+
+    `no_more` says of each member why it has no further instance.
+    """
 
     devices: tuple[str, ...]
     members: tuple[str, ...]
     prices: tuple[float, ...]
     why: str
+    no_more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +72,9 @@ class Explanation:
 
     def text(self) -> str:
         """The explanation as lines for a person."""
-        lines = [f"Bottleneck: {self.bottleneck.why}", "", "What was tried:"]
-        lines += [f"  {line}" for line in self.tried]
+        lines = [f"Bottleneck: {self.bottleneck.why}"]
+        lines += [f"  {line}" for line in self.bottleneck.no_more]
+        lines += ["", "What was tried:", *(f"  {line}" for line in self.tried)]
         by_device: dict[str, list[InstanceUse]] = {}
         for instance in self.instances:
             by_device.setdefault(instance.device, []).append(instance)
@@ -73,6 +83,7 @@ class Explanation:
             memory = f"{use.used_bytes / MIB:.0f} MiB used, {use.free_bytes / MIB:.0f} MiB free"
             lines += ["", f"{use.device}: {memory}, {use.utilisation:.0%} of its time{mark}"]
             lines += [f"  {i.member} x{i.batch_size}: {i.why}" for i in by_device.get(use.device, [])]
+            lines += [f"  {use.why_unused}"] if use.why_unused else []
         return "\n".join(lines)
 
 
@@ -87,18 +98,26 @@ def explain(problem: Problem, matrix: Matrix, tried: tuple[str, ...]) -> Explana
     counts = np.array([line.devices for line in layout.lines])
     # Parts that are faster than the slowest only work as much as the slowest lets them.
     slowed = solution.rows_per_s / np.where(solution.reach > 0, solution.reach, np.inf)
-    times = (solution.times * slowed / counts[:, None])[line_of]
+    times = (times_of(tables, layout) * slowed / counts[:, None])[line_of]
     rates = tables.rates[tables.pool_of[:, None], np.arange(tables.member_count)[None, :], levels]
     limits = time_limits(tables, tables.pool_of, rates)
     priced = solution.prices > _PRICED * max(solution.prices.max(), _PRICED)
     is_bottleneck = np.asarray(np.any(rates[:, priced] > 0, axis=1), dtype=np.bool_)
     used, free = used_bytes(problem, matrix), free_bytes(problem, matrix)
+    no_more = NoMore(problem, matrix, np.where(priced, solution.prices, 0), solution.rows_per_s)
     devices = tuple(
-        DeviceUse(d.name, int(used[i]), int(free[i]), float(times[i].sum() / limits[i]), bool(is_bottleneck[i]))
+        DeviceUse(
+            d.name,
+            int(used[i]),
+            int(free[i]),
+            float(times[i].sum() / limits[i]),
+            bool(is_bottleneck[i]),
+            "" if matrix.sizes[i].any() else no_more.of_unused(i),
+        )
         for i, d in enumerate(problem.devices)
     )
     instances = _instances(problem, matrix, times, rates, free)
-    return Explanation(devices, instances, _bottleneck(problem, matrix, solution, is_bottleneck), tried)
+    return Explanation(devices, instances, _bottleneck(problem, matrix, solution, is_bottleneck, no_more), tried)
 
 
 def _instances(problem: Problem, matrix: Matrix, times: Floats, rates: Floats, free: Floats) -> tuple[InstanceUse, ...]:
@@ -144,7 +163,9 @@ def _why_this_size(problem: Problem, matrix: Matrix, device: int, member: int, f
     return f"; {gain}, but the ensemble does not need it"
 
 
-def _bottleneck(problem: Problem, matrix: Matrix, solution: Solution, is_bottleneck: Bools) -> Bottleneck:
+def _bottleneck(
+    problem: Problem, matrix: Matrix, solution: Solution, is_bottleneck: Bools, no_more: NoMore
+) -> Bottleneck:
     priced = np.flatnonzero(solution.prices > _PRICED * max(solution.prices.max(), _PRICED))
     members = sorted(priced, key=lambda m: -solution.prices[m])
     names = [problem.members[m].name for m in members]
@@ -153,7 +174,8 @@ def _bottleneck(problem: Problem, matrix: Matrix, solution: Solution, is_bottlen
         f"the time of {_listed(devices, 'device')} is used up by {_listed(names, 'member')}, "
         f"which together reach {solution.rows_per_s:.6g} rows/s"
     )
-    return Bottleneck(tuple(devices), tuple(names), tuple(float(solution.prices[m]) for m in members), why)
+    prices = tuple(float(solution.prices[m]) for m in members)
+    return Bottleneck(tuple(devices), tuple(names), prices, why, tuple(no_more.of_member(int(m)) for m in members))
 
 
 def _listed(names: list[str], what: str, most: int = 8) -> str:

@@ -11,19 +11,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ensemble_operator.allocation.exchanges import exchanges, repacked
-from ensemble_operator.allocation.layout import Layout, Line
+from ensemble_operator.allocation.layout import Layout, Line, line_rates
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.memory import is_feasible
 from ensemble_operator.allocation.moves import Move, Surroundings, together
 from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.allocation.tables import Tables
-from ensemble_operator.allocation.throughput import Memo, Solution, solve
+from ensemble_operator.allocation.throughput import Memo, Solution, solve, times_of
 
 Score = Callable[[Matrix], float]
 
 
-# Less device time than this is none: the solver's tolerance.
+# A smaller share of a member's rows than this is none: the solver's tolerance.
 _IDLE = 1e-9
+# Throughputs that differ by less than this share are the same.
+_SAME = 1e-9
 
 
 class SearchStopped(Exception):
@@ -117,7 +119,6 @@ def greedy(tables: Tables, starts: list[Layout], effort: Effort, trace: Trace) -
     draw = np.random.default_rng(effort.seed)
     points = sorted((_solved(tables, layout, trace) for layout in starts), key=lambda p: p.rank, reverse=True)
     best = points[0]
-    trace.steps.append(best.solution.rows_per_s)
     for iteration in range(effort.max_iterations):
         if best.solution.rows_per_s >= effort.goal_rows_per_s or effort.is_spent(trace):
             break
@@ -151,26 +152,33 @@ def _best_neighbour(tables: Tables, point: _Point, max_neighbours: int, trace: T
 
 
 def _best_of(moves: list[Move], around: Surroundings, point: _Point, trace: Trace) -> _Point | None:
-    bounds = around.bounds(moves, point.solution.prices)
-    best = point
-    for index in range(len(moves)):
-        if bounds[index] < best.solution.rows_per_s * (1 - 1e-9):
-            continue
+    """The best neighbour: those that may be best first, each with the lowest bound that any prices so far give it.
+
+    Once one has a higher throughput, those that can only have the same are passed over.
+    """
+    bounds, best = around.bounds(moves), point
+    least = bounds.at(point.solution.prices)
+    enough = point.solution.rows_per_s * (1 - _SAME)
+    while moves and least.max() >= enough:
+        index = int(least.argmax())
+        least[index] = -np.inf
         layout = point.layout.changed(moves[index].changes)
         if not layout.instances().all():
             continue
         found = _solved(around.tables, layout, trace)
         if found.rank > best.rank:
             best = found
-        np.minimum(bounds, around.bounds(moves, found.solution.prices), out=bounds)
+            if best.rank[0] > point.rank[0]:
+                enough = best.solution.rows_per_s * (1 + _SAME)
+        np.minimum(least, bounds.at(found.solution.prices), out=least)
     return best if best is not point else None
 
 
 def _first_of(moves: list[Move], around: Surroundings, point: _Point, trace: Trace) -> _Point | None:
     """The first exchange that is better, of those that the prices do not rule out."""
-    bounds = around.bounds(moves, point.solution.prices)
+    bounds = around.bounds(moves).at(point.solution.prices)
     for move, bound in zip(moves, bounds, strict=True):
-        if bound >= point.solution.rows_per_s * (1 - 1e-9):
+        if bound >= point.solution.rows_per_s * (1 - _SAME):
             found = _solved(around.tables, point.layout.changed(move.changes), trace)
             if found.rank > point.rank:
                 return found
@@ -207,11 +215,13 @@ def _disturbed(layout: Layout, draw: np.random.Generator) -> Layout:
 
 def without_idle(tables: Tables, layout: Layout) -> Layout:
     """The layout without the instances that its throughput does not need, which would only take turns from others."""
-    before = solve(tables, layout)
-    busy = before.times > _IDLE
+    pools, levels, _ = layout.arrays()
+    answered = times_of(tables, layout) * line_rates(tables, pools, levels)
+    busy = answered > _IDLE * answered.sum(axis=0)
     lines = (
         Line(line.pool, tuple(int(level) for level in np.where(busy[at], line.row, 0)), line.devices)
         for at, line in enumerate(layout.lines)
     )
     fewer = Layout.of(lines)
-    return fewer if solve(tables, fewer).rows_per_s >= before.rows_per_s * (1 - _IDLE) else layout
+    enough = solve(tables, layout).rows_per_s * (1 - _SAME)
+    return fewer if solve(tables, fewer).rows_per_s >= enough else layout

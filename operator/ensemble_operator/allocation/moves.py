@@ -48,27 +48,14 @@ class Surroundings:
                 found.extend(Move(((line, row, count), *rest)) for count in self._counts(line, rest))
         found.extend(self._separations())
         unique = list(dict.fromkeys(found))
-        bounds = self.bounds(unique, self.solution.prices)
+        bounds = self.bounds(unique).at(self.solution.prices)
         best = np.argsort(-bounds, kind="stable")[:limit]
         floor = self.solution.rows_per_s * (1 + 1e-9)
         return [unique[i] for i in best if bounds[i] > floor]
 
-    def bounds(self, moves: Sequence[Move], prices: Floats) -> Floats:
-        """For every move a throughput that its layout cannot exceed."""
-        if not moves:
-            return np.zeros(0)
-        earned = earnings(self.rates, self.limits, prices)
-        owner, lines, rows, counts = [], [], [], []
-        for index, move in enumerate(moves):
-            for line, row, count in move.changes:
-                owner.append(index)
-                lines.append(line)
-                rows.append(row)
-                counts.append(count)
-        pools = self.pools[lines]
-        rates = line_rates(self.tables, pools, np.array(rows))
-        gains = (earnings(rates, time_limits(self.tables, pools, rates), prices) - earned[lines]) * counts
-        return np.asarray(self.counts @ earned + np.bincount(owner, weights=gains, minlength=len(moves)))
+    def bounds(self, moves: Sequence[Move]) -> Bounds:
+        """The bounds of moves, for any prices."""
+        return Bounds(self, moves)
 
     def _promising(self, limit: int) -> list[tuple[int, int, int]]:
         """Cells (line, member, level) that would earn more than what their device's time is used for."""
@@ -156,6 +143,28 @@ class Surroundings:
                         yield Move(((line, (*row[:member], 0, *row[member + 1 :]), 1),))
                     if self.instances[member] > count:
                         yield Move(((line, (*row[:member], 0, *row[member + 1 :]), int(count)),))
+
+
+class Bounds:
+    """For every one of some moves a throughput that its layout cannot exceed, at any prices."""
+
+    def __init__(self, around: Surroundings, moves: Sequence[Move]) -> None:
+        changes = [change for move in moves for change in move.changes]
+        self._around, self._moves = around, len(moves)
+        self._owner = np.repeat(np.arange(len(moves)), [len(move.changes) for move in moves])
+        self._lines = np.array([line for line, _, _ in changes], dtype=np.int64)
+        self._counts = np.array([count for _, _, count in changes], dtype=np.int64)
+        pools = around.pools[self._lines]
+        rows = np.array([row for _, row, _ in changes], dtype=np.int64).reshape(-1, around.tables.member_count)
+        self._rates = line_rates(around.tables, pools, rows)
+        self._limits = time_limits(around.tables, pools, self._rates)
+
+    def at(self, prices: Floats) -> Floats:
+        """The bounds, shape (moves)."""
+        around = self._around
+        earned = earnings(around.rates, around.limits, prices)
+        gains = (earnings(self._rates, self._limits, prices) - earned[self._lines]) * self._counts
+        return np.asarray(around.counts @ earned + np.bincount(self._owner, weights=gains, minlength=self._moves))
 
 
 def together(moves: Sequence[Move]) -> Move:

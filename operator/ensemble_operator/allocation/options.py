@@ -42,5 +42,7 @@ class PlanOptions:
             faults.append("objective devices needs a target throughput above 0 rows/s")
         if self.max_iterations < 0 or self.max_neighbours < 1:
             faults.append("max iterations must be at least 0 and max neighbours at least 1")
+        if self.seed < 0:
+            faults.append(f"seed {self.seed} must be at least 0")
         if faults:
             raise InvalidProblem(faults)

@@ -44,7 +44,7 @@ def plan(problem: Problem, options: PlanOptions, *, evaluate: Evaluate | None = 
 
     `evaluate` measures a matrix (rows/s): every candidate of `greedy-paper`, the best candidates of the others. It may
     raise SearchStopped, and the best so far is kept. `clock` gives seconds. Raises DoesNotFit when the members do not
-    fit on the devices, and ArithmeticError if the solver fails on a well-formed program.
+    fit on the devices, and NotSolved if the solver fails on a well-formed program.
     """
     started = clock()
     device_bound = 0
@@ -53,12 +53,14 @@ def plan(problem: Problem, options: PlanOptions, *, evaluate: Evaluate | None = 
     else:
         outcome = most(problem, options, evaluate)
     predicted = rows_per_s(problem, outcome.matrix)
+    # What is found may be above what was proven, by the solver's tolerance.
+    bound = max(outcome.bound_rows_per_s, predicted)
     explanation = explain(problem, outcome.matrix, outcome.tried)
     return Plan(
         matrix=outcome.matrix,
         predicted_rows_per_s=predicted,
-        bound_rows_per_s=outcome.bound_rows_per_s,
-        gap=max(0.0, 1 - predicted / outcome.bound_rows_per_s),
+        bound_rows_per_s=bound,
+        gap=1 - predicted / bound,
         bottleneck=explanation.bottleneck,
         explanation=explanation,
         evaluations=outcome.evaluations,

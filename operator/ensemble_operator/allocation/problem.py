@@ -19,6 +19,9 @@ DeviceKind = Literal["cpu", "cuda"]
 
 DEFAULT_HEADROOM = 0.1
 MAX_BATCH_SIZE = 65_536
+MAX_BYTES = 1 << 60
+# Beyond it, and below its reciprocal, sums of rows/s and of their reciprocals come near the ends of floating point.
+_MAX_RATE = 1e100
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +129,12 @@ def _faults_of_device(device: DeviceSpec) -> Iterator[str]:
     where = f"device {device.name!r}"
     if device.kind not in ("cpu", "cuda"):
         yield f"{where}: kind {device.kind!r} is neither cpu nor cuda"
-    if not (math.isfinite(device.capacity_bytes) and device.capacity_bytes > 0):
+    if not device.capacity_bytes > 0:
         yield f"{where}: capacity must be above 0 bytes, got {device.capacity_bytes}"
-    if not (math.isfinite(device.overhead_bytes) and device.overhead_bytes >= 0):
+    if not device.overhead_bytes >= 0:
         yield f"{where}: overhead must be at least 0 bytes, got {device.overhead_bytes}"
+    if max(device.capacity_bytes, device.overhead_bytes) > MAX_BYTES:
+        yield f"{where}: capacity and overhead must be at most {MAX_BYTES} bytes: is the unit right?"
 
 
 def _faults_of_profile(profile: Profile) -> Iterator[str]:
@@ -138,10 +143,14 @@ def _faults_of_profile(profile: Profile) -> Iterator[str]:
         yield f"{where}: the batch size must be at least 1"
     if not (math.isfinite(profile.rows_per_s) and profile.rows_per_s > 0):
         yield f"{where}: rows/s must be a finite number above 0, got {profile.rows_per_s}"
+    elif not 1 / _MAX_RATE <= profile.rows_per_s <= _MAX_RATE:
+        yield f"{where}: {profile.rows_per_s} rows/s cannot be compared with others: is the unit right?"
     if not (math.isfinite(profile.latency_s) and profile.latency_s >= 0):
         yield f"{where}: latency must be a finite number of seconds, at least 0, got {profile.latency_s}"
-    if not (math.isfinite(profile.memory_bytes) and profile.memory_bytes >= 0):
+    if not profile.memory_bytes >= 0:
         yield f"{where}: memory must be at least 0 bytes, got {profile.memory_bytes}"
+    if profile.memory_bytes > MAX_BYTES:
+        yield f"{where}: memory must be at most {MAX_BYTES} bytes: is the unit right?"
 
 
 def _faults_of_coverage(problem: Problem) -> Iterator[str]:

@@ -11,7 +11,8 @@ group of many it forgets which device of the group holds what, so its optimum is
 devices there are. Maximise T with u_g fixed, or minimise sum u_g with T at least a target.
 
 Where T is known to be at most a ceiling, no instance needs more time than the ceiling takes: f <= y ceiling / r. The
-relaxation is much tighter with it, and its optimum is the next, lower ceiling.
+relaxation is much tighter with it, and its optimum is the next, lower ceiling. Rows/s and time are measured as
+`sharing.Scale` says.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from ensemble_operator.allocation.sharing import Scale
 from ensemble_operator.allocation.tables import Bools, Floats, Ints, Tables
 
 # A relaxation that fell by less than this share of itself will not fall much further.
@@ -134,20 +136,22 @@ def _solve(
     at_least: int = 0,
 ) -> Assignment:
     columns = _Columns(tables, groups)
-    scale = float(columns.rates.max(initial=0))
-    if scale == 0:
+    if not (columns.rates > 0).any(axis=(0, 2)).all():
         return Assignment(True, 0.0 if target_rows_per_s is None else np.inf, 0.0, None, None, None)
+    scale = Scale.of(columns.rates.swapaxes(1, 2))
+    own = scale.times[columns.member]
     factors = np.array([pool.colocation for pool in tables.pools])[groups.pools]
     shares = (groups.devices == 1) & (factors != 1)
     cost, lower, upper = np.zeros(columns.count), np.zeros(columns.count), np.full(columns.count, np.inf)
-    upper[columns.y] = upper[columns.f] = groups.devices[columns.group]
+    upper[columns.y] = groups.devices[columns.group]
+    upper[columns.f] = groups.devices[columns.group] / own
     upper[columns.u] = groups.devices
     upper[columns.z] = shares
     if target_rows_per_s is None:
         lower[columns.u] = groups.devices
         cost[columns.total] = -1
     else:
-        lower[columns.total] = target_rows_per_s / scale
+        lower[columns.total] = target_rows_per_s / scale.rows_per_s
         cost[columns.u] = 1
     whole = np.zeros(columns.count)
     whole[columns.y] = whole[columns.u] = whole[columns.z] = limits.integral
@@ -158,7 +162,7 @@ def _solve(
         constraints=[
             *_throughput(columns, scale, ceiling_rows_per_s),
             *_devices(tables, groups, columns),
-            *_sharing(columns, factors, shares),
+            *_sharing(columns, own, factors, shares),
             LinearConstraint(columns.rows(1, (np.zeros_like(columns.u), columns.u, 1.0)), lb=at_least),
         ],
         options={"time_limit": limits.time_s, "node_limit": limits.nodes, "mip_rel_gap": limits.relative_gap},
@@ -166,14 +170,16 @@ def _solve(
     return _assignment(columns, found, scale, target_rows_per_s)
 
 
-def _throughput(columns: _Columns, scale: float, ceiling_rows_per_s: float) -> list[LinearConstraint]:
+def _throughput(columns: _Columns, scale: Scale, ceiling_rows_per_s: float) -> list[LinearConstraint]:
     """Every member answers all rows and has an instance; instances have no more time than devices."""
     members, c = np.arange(columns.members), columns
-    rates = c.rates[c.group, c.member, c.level] / scale
-    answered = c.rows(c.members, (c.member, c.f, rates), (members, np.full(c.members, c.total), -1.0))
+    rates, own = c.rates[c.group, c.member, c.level], scale.times[c.member]
+    answered = c.rows(
+        c.members, (c.member, c.f, rates * own / scale.rows_per_s), (members, np.full(c.members, c.total), -1.0)
+    )
     placed = c.rows(c.members, (c.member, c.y, 1.0))
-    most_time = np.minimum(1.0, ceiling_rows_per_s / (rates * scale))
-    timed = c.rows(len(c.y), (c.y, c.y, most_time), (c.y, c.f, -1.0))
+    most_time = np.minimum(1.0, ceiling_rows_per_s / rates)
+    timed = c.rows(len(c.y), (c.y, c.y, most_time), (c.y, c.f, -own))
     return [LinearConstraint(answered, lb=0), LinearConstraint(placed, lb=1), LinearConstraint(timed, lb=0)]
 
 
@@ -189,12 +195,15 @@ def _devices(tables: Tables, groups: Groups, columns: _Columns) -> list[LinearCo
     return [LinearConstraint(memory, ub=0), LinearConstraint(apart, ub=0)]
 
 
-def _sharing(columns: _Columns, factors: Floats, shares: Bools) -> list[LinearConstraint]:
-    """Device time: the class's co-location factor for a device known to be shared, else the most it can be."""
+def _sharing(columns: _Columns, own: Floats, factors: Floats, shares: Bools) -> list[LinearConstraint]:
+    """Device time: the class's co-location factor for a device known to be shared, else the most it can be.
+
+    `own` is what the time of every cell is measured in.
+    """
     c, every = columns, np.arange(columns.groups)
     alone = np.where(shares, 1.0, np.maximum(factors, 1.0))
     gain = np.where(shares, factors - 1, 0.0)
-    time = c.rows(c.groups, (c.group, c.f, 1.0), (every, c.u, -alone), (every, c.z, -gain))
+    time = c.rows(c.groups, (c.group, c.f, own), (every, c.u, -alone), (every, c.z, -gain))
     # z must be 1 for several instances where sharing costs time, and may be 1 only for several where it gains.
     at_most_one = c.rows(c.groups, (c.group, c.y, 1.0), (every, c.z, -float(c.members)))
     at_least_two = c.rows(c.groups, (c.group, c.y, 1.0), (every, c.z, -2.0))
@@ -202,12 +211,12 @@ def _sharing(columns: _Columns, factors: Floats, shares: Bools) -> list[LinearCo
     return [LinearConstraint(time, ub=0), LinearConstraint(at_most_one, ub=upper), LinearConstraint(at_least_two, lb=0)]
 
 
-def _assignment(columns: _Columns, found: object, scale: float, target_rows_per_s: float | None) -> Assignment:
+def _assignment(columns: _Columns, found: object, scale: Scale, target_rows_per_s: float | None) -> Assignment:
     status, solution = found.status, found.x  # type: ignore[attr-defined]
     dual = getattr(found, "mip_dual_bound", None)
     proven = found.fun if dual is None and status == 0 else dual  # type: ignore[attr-defined]
     if target_rows_per_s is None:
-        bound = np.inf if proven is None else -proven * scale
+        bound = np.inf if proven is None else -proven * scale.rows_per_s
     else:
         bound = np.inf if status == 2 else 0.0 if proven is None else proven
     if solution is None:
@@ -215,7 +224,6 @@ def _assignment(columns: _Columns, found: object, scale: float, target_rows_per_
     shape = columns.rates.shape
     instances, times = np.zeros(shape), np.zeros(shape)
     instances[tuple(columns.cells.T)] = solution[columns.y]
-    times[tuple(columns.cells.T)] = solution[columns.f]
-    return Assignment(
-        status != 1, float(bound), float(solution[columns.total] * scale), instances, times, solution[columns.u]
-    )
+    times[tuple(columns.cells.T)] = solution[columns.f] * scale.times[columns.member]
+    reached = float(solution[columns.total] * scale.rows_per_s)
+    return Assignment(status != 1, float(bound), reached, instances, times, solution[columns.u])

@@ -13,6 +13,7 @@ from ensemble_operator.allocation.greedy import Effort, SearchStopped, Trace, gr
 from ensemble_operator.allocation.layout import Layout, layout_of, matrix_of
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.options import PlanOptions
+from ensemble_operator.allocation.packing import packed
 from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.allocation.program import Assignment, Groups, Limits, most_rows_per_s, relaxed
 from ensemble_operator.allocation.rounding import rounded
@@ -40,12 +41,13 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Search:
-    """One search: what it works on, and what it has tried so far."""
+    """One search: what it works on, the rows/s that end it, the bound, and what it has tried so far."""
 
     problem: Problem
     options: PlanOptions
     evaluate: Evaluate | None
     bound: float = np.inf
+    goal: float = np.inf
     trace: Trace = field(default_factory=Trace)
     tried: list[str] = field(default_factory=list)
 
@@ -60,18 +62,20 @@ class _Search:
 def most(
     problem: Problem, options: PlanOptions, evaluate: Evaluate | None = None, goal_rows_per_s: float = np.inf
 ) -> Outcome:
-    """The largest throughput, or the first that reaches the goal. Raises DoesNotFit."""
+    """The largest throughput, or the first that reaches the goal. Raises DoesNotFit and NotSolved."""
     search = _Search(problem, options, evaluate)
     start = _first_feasible(search)
     groups = Groups.pooled(problem.tables)
     loose = relaxed(problem.tables, groups)
     pooled = most_rows_per_s(problem.tables, groups, search.limits, loose.bound)
     search.bound = min(loose.bound, pooled.bound)
+    # The bound of a program that time cut off is another on a slower machine, the relaxation's is the same.
+    search.goal = min(loose.bound * (1 - CLOSE_ENOUGH), goal_rows_per_s)
     search.note(f"bound over all matrices: {search.bound:.6g} rows/s")
     if options.strategy == "greedy-paper":
         matrix, measured = _by_paper(search, start)
     else:
-        matrix = _by_greedy(search, _starts(problem, start, [loose, pooled]), goal_rows_per_s)
+        matrix = _by_greedy(search, _starts(problem, start, [loose, pooled]))
         if options.strategy == "exact":
             matrix = _by_program(search, matrix)
         matrix, measured = _by_measurement(search, _with_copies(search, matrix))
@@ -79,15 +83,17 @@ def most(
 
 
 def _first_feasible(search: _Search) -> Matrix:
-    """Worst-fit decreasing, or what the program finds where that rule does not. Raises the rule's DoesNotFit."""
+    """Worst-fit decreasing, or what the program finds where that rule does not. Raises DoesNotFit."""
     try:
         matrix = worst_fit(search.problem)
         search.note(f"worst-fit decreasing: {rows_per_s(search.problem, matrix):.6g} rows/s")
-    except DoesNotFit:
-        packed, _ = exact(search.problem, search.limits)
-        if packed is None:
+    except DoesNotFit as error:
+        packing = packed(search.problem, search.options.time_limit_s)
+        if packing.undecided:
+            raise error.left_undecided(packing.undecided) from None
+        if packing.matrix is None:
             raise
-        matrix = packed
+        matrix = packing.matrix
         search.note("worst-fit decreasing finds no room for every member; the mixed-integer program does")
     return matrix
 
@@ -102,12 +108,12 @@ def _by_paper(search: _Search, start: Matrix) -> tuple[Matrix, float | None]:
     return matrix, best or None if search.evaluate else None
 
 
-def _by_greedy(search: _Search, starts: list[Layout], goal_rows_per_s: float) -> Matrix:
+def _by_greedy(search: _Search, starts: list[Layout]) -> Matrix:
     problem, options = search.problem, search.options
-    goal = min(search.bound * (1 - CLOSE_ENOUGH), goal_rows_per_s)
-    effort = Effort(goal, options.max_iterations, options.max_neighbours, options.seed)
+    effort = Effort(search.goal, options.max_iterations, options.max_neighbours, options.seed)
     best = greedy(problem.tables, starts, effort, search.trace)
-    search.note(f"greedy: {search.trace.steps[-1]:.6g} rows/s, {_effort(search.trace)}")
+    reached = search.trace.solved[best]
+    search.note(f"greedy: {reached:.6g} rows/s, {_effort(search.trace)}")
     return matrix_of(problem, without_idle(problem.tables, best))
 
 
@@ -172,4 +178,5 @@ def _candidates(search: _Search, matrix: Matrix) -> list[Matrix]:
 
 
 def _effort(trace: Trace) -> str:
-    return f"{trace.evaluations} matrices scored, {len(trace.steps)} times better"
+    count = len(trace.steps)
+    return f"{trace.evaluations} matrices scored, {count} improvement{'' if count == 1 else 's'}"

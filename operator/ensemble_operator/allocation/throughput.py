@@ -19,7 +19,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linprog
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -27,57 +26,70 @@ from ensemble_operator.allocation.layout import Layout, layout_of, line_rates
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.memory import is_feasible
 from ensemble_operator.allocation.problem import Problem
+from ensemble_operator.allocation.sharing import priced, shared
 from ensemble_operator.allocation.tables import Bools, Floats, Ints, Tables
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The optimum of the program. Shapes: prices (members), reach (members), times (lines, members) in devices.
+    """The optimum of the program. `prices` and `reach` have shape (members).
 
     `prices` sum to 1 and are 0 off the bottleneck. `reach` has, for every member, the rows/s that its part of the
-    matrix could answer; its least value is `rows_per_s`. `times` is the device time that each line's instances need
-    for their part's own rows/s.
+    matrix could answer; its least value is `rows_per_s`.
     """
 
     rows_per_s: float
     prices: Floats
     reach: Floats
-    times: Floats
 
 
 def rows_per_s(problem: Problem, matrix: Matrix) -> float:
-    """Rows/s that pass all members; 0 for an infeasible matrix."""
+    """Rows/s that pass all members; 0 for an infeasible matrix. Raises NotSolved."""
     if not is_feasible(problem, matrix):
         return 0.0
     return solve(problem.tables, layout_of(problem, matrix)).rows_per_s
 
 
-Memo = dict[tuple[bytes, bytes, bytes], tuple[float, Floats, Floats]]
+Memo = dict[tuple[bytes, bytes, bytes], tuple[float, Floats]]
 
 
 def solve(tables: Tables, layout: Layout, memo: Memo | None = None) -> Solution:
     """The throughput of a layout whose members all have an instance; otherwise 0 rows/s and no prices.
 
-    `memo` remembers the parts that needed a program: neighbours in a search share most of theirs.
+    `memo` remembers the parts that needed a program: neighbours in a search share most of theirs. Raises NotSolved.
     """
     pools, levels, counts = layout.arrays()
     rates = line_rates(tables, pools, levels)
     limits = time_limits(tables, pools, rates)
     members = rates.shape[1]
-    times, reach, prices = np.zeros_like(rates), np.zeros(members), np.zeros(members)
+    reach, prices = np.zeros(members), np.zeros(members)
     if not (rates > 0).any(axis=0).all():
-        return Solution(0.0, prices, reach, times)
+        return Solution(0.0, prices, reach)
     slowest = np.inf
     for line_part, member_part in _parts(rates > 0):
         part = np.ix_(line_part, member_part)
         given = rates[part], counts[line_part], limits[line_part]
-        rate, part_prices, times[part] = _solve_part(*given, {} if memo is None else memo)
+        rate, part_prices = _solve_part(*given, {} if memo is None else memo)
         reach[member_part] = rate
         if rate < slowest:
             slowest = rate
             prices[:] = 0
             prices[member_part] = part_prices
-    return Solution(float(slowest), prices, reach, times)
+    return Solution(float(slowest), prices, reach)
+
+
+def times_of(tables: Tables, layout: Layout) -> Floats:
+    """The device time that each line's instances need for their part's own rows/s, in devices: (lines, members).
+
+    Raises NotSolved.
+    """
+    pools, levels, counts = layout.arrays()
+    rates = line_rates(tables, pools, levels)
+    limits, times = time_limits(tables, pools, rates), np.zeros_like(rates)
+    for line_part, member_part in _parts(rates > 0):
+        part = np.ix_(line_part, member_part)
+        times[part] = _times_of_part(rates[part], counts[line_part], limits[line_part])
+    return times
 
 
 def time_limits(tables: Tables, pools: Ints, rates: Floats) -> Floats:
@@ -106,43 +118,24 @@ def _parts(placed: Bools) -> list[tuple[Ints, Ints]]:
     return [(line_part, member_part) for line_part, member_part in found if member_part.size]
 
 
-def _solve_part(rates: Floats, counts: Ints, limits: Floats, memo: Memo) -> tuple[float, Floats, Floats]:
-    """Rows/s, prices and times of a connected part."""
+def _solve_part(rates: Floats, counts: Ints, limits: Floats, memo: Memo) -> tuple[float, Floats]:
+    """Rows/s and prices of a connected part."""
     if rates.shape[1] == 1:
-        times = counts[:, None].astype(np.float64)
-        return float((rates * times).sum()), np.ones(1), times
+        return float(counts @ rates[:, 0]), np.ones(1)
     if rates.shape[0] == 1 and limits[0] <= 1:
         cost = 1 / rates[0]
-        rate = counts[0] * limits[0] / cost.sum()
-        return float(rate), cost / cost.sum(), (rate * cost)[None, :]
+        return float(counts[0] * limits[0] / cost.sum()), cost / cost.sum()
     key = rates.tobytes(), counts.tobytes(), limits.tobytes()
     if key not in memo:
-        memo[key] = _solve_program(rates, counts, limits)
+        memo[key] = priced(rates, counts, limits)
     return memo[key]
 
 
-def _solve_program(rates: Floats, counts: Ints, limits: Floats) -> tuple[float, Floats, Floats]:
-    lines, members = rates.shape
-    at_line, at_member = np.nonzero(rates)
-    cells = len(at_line)
-    # Scaled by the fastest cell, so that the solver's absolute tolerances fit rows/s of any magnitude.
-    scale = rates.max()
-    column = np.arange(cells)
-    entries = np.concatenate([-rates[at_line, at_member] / scale, np.ones(members), np.ones(cells)])
-    at_row = np.concatenate([at_member, np.arange(members), members + at_line])
-    at_column = np.concatenate([column, np.full(members, cells), column])
-    system = coo_array((entries, (at_row, at_column)), shape=(members + lines, cells + 1)).tocsc()
-    cost = np.zeros(cells + 1)
-    cost[-1] = -1
-    right = np.concatenate([np.zeros(members), counts * limits])
-    bounds = np.zeros((cells + 1, 2))
-    bounds[:, 1] = np.append(counts[at_line], np.inf)
-    # Programs of this size are solved before presolving them pays.
-    options = {"presolve": False}
-    found = linprog(cost, A_ub=system, b_ub=right, bounds=bounds, method="highs", options=options)
-    if found.status != 0:
-        raise ArithmeticError(f"the linear program of a matrix has no optimum: {found.message}")
-    prices = np.clip(-found.ineqlin.marginals[:members], 0, None)
-    times = np.zeros_like(rates)
-    times[at_line, at_member] = found.x[:cells]
-    return float(found.x[-1] * scale), prices / prices.sum(), times
+def _times_of_part(rates: Floats, counts: Ints, limits: Floats) -> Floats:
+    """Device time in a connected part."""
+    if rates.shape[1] == 1:
+        return np.asarray(counts[:, None], dtype=np.float64)
+    if rates.shape[0] == 1 and limits[0] <= 1:
+        cost = 1 / rates[0]
+        return np.asarray(counts[0] * limits[0] * cost / cost.sum())[None, :]
+    return shared(rates, counts, limits)

@@ -169,7 +169,14 @@ _PLANNING = Group(
         Field("maxIterations", Integer(0, 10_000), "Steps of the search.", 10),
         Field("maxNeighbours", Integer(1, 100_000), "Candidates of a step.", 100),
         Field("seed", Integer(0, (1 << 31) - 1), "Of the search: same seed, same plan.", 0),
-        Field("profileBudget", Duration("1s", "24h"), "Time to spend measuring members.", "5m", "profile_budget_s"),
+        Field(
+            "profileBudget",
+            Duration("1s", "24h"),
+            "Time to spend measuring members, with `ensemble profile` also for loading them and for what serving and "
+            "sharing devices cost. The smallest batch size of each member is measured in any case.",
+            "5m",
+            "profile_budget_s",
+        ),
     ),
     into=Planning,
     rules=(rules.DEVICES_NEED_TARGET,),

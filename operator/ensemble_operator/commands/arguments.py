@@ -24,3 +24,10 @@ def at_least_one(text: str) -> int:
     if text.isdecimal() and int(text) >= 1:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+
+
+def seed(text: str) -> int:
+    """A seed of something random."""
+    if text.isdecimal() and int(text) < 1 << 31:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in 0..{(1 << 31) - 1}")

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ensemble_operator.commands.arguments import Subparsers, at_least_one
+from ensemble_operator.commands.arguments import Subparsers, at_least_one, seed
 from ensemble_operator.commands.options import (
     above_zero,
     add_machine,
@@ -60,7 +60,7 @@ def add_to(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--timeout", type=duration, default="30s", metavar="TIME", help="that an answer may take (default: 30s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of rows and arrivals (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of rows and arrivals (default: %(default)s)")
     add_output(parser, "table", "json")
     add_machine(parser)
     parser.set_defaults(run=run)

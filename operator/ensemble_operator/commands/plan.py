@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ensemble_operator.commands.arguments import Subparsers
+from ensemble_operator.commands.arguments import Subparsers, seed
 from ensemble_operator.commands.options import above_zero, add_machine, add_output, cache_folder, duration
 from ensemble_operator.exits import ExitCode
 
@@ -47,7 +47,7 @@ def add_to(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--target-throughput", type=above_zero, metavar="ROWS_PER_S", help="to reach with --objective devices"
     )
-    parser.add_argument("--seed", type=int, help="of the search, instead of the resource's")
+    parser.add_argument("--seed", type=seed, help="of the search, instead of the resource's")
     parser.add_argument("--time-limit", type=duration, metavar="TIME", help="of one exact search, such as 5s")
     add_machine(parser)
     parser.set_defaults(run=run)

@@ -30,8 +30,8 @@ def add_to(subparsers: Subparsers) -> None:
         "--budget",
         type=duration,
         metavar="TIME",
-        help="of all measuring together, beyond each member's load and smallest batch size (default: the spec's "
-        "profileBudget)",
+        help="of all measuring together; the smallest batch size of each member is measured in any case (default: the "
+        "spec's profileBudget)",
     )
     parser.add_argument("--force", action="store_true", help="measure again what is already known")
     add_machine(parser)

@@ -19,6 +19,7 @@ from ensemble_operator.control.questions import Cell, PlanAnswer, PlanQuestion
 from ensemble_operator.control.target import Target, TargetDevice
 from ensemble_operator.planning.settings import options_of
 from ensemble_operator.plans import Tensors, model_source
+from ensemble_operator.profiles.allowed_sizes import all_within
 from ensemble_operator.profiles.measurements import (
     UNMEASURED_OVERHEAD_BYTES,
     Measurement,
@@ -149,10 +150,10 @@ def question(
     `factors` are the co-location factors of their classes, as far as they are known. Raises InvalidProblem.
     """
     able = [name for name in members.sources if name not in members.unplaced]
+    placeable = {key: found for key, found in measured.items() if key[0] in able}
     profiles = tuple(
         Profile(member, device_class, p.batch_size, p.rows_per_s, p.latency_s, p.memory_bytes)
-        for (member, device_class), found in measured.items()
-        if member in able
+        for (member, device_class), found in all_within(placeable, ensemble.spec.batching.sizes).items()
         for p in found.points
     )
     classes = {device.device_class for device in devices.values()}
@@ -172,12 +173,19 @@ def question(
     return PlanQuestion(problem, options_of(ensemble.spec.planning), versions, tuple(running))
 
 
+def answered(asked: PlanQuestion, before: Target | None) -> Target | None:
+    """The matrix that answers a question already, with the versions that are asked for; None if it is to be planned."""
+    if before is None or asked.identity not in (before.question, before.examined):
+        return None
+    return msgspec.structs.replace(before, examined=asked.identity, digests=_digests(asked))
+
+
 def target_of(
     asked: PlanQuestion, answer: PlanAnswer, devices: Mapping[str, TargetDevice], before: Target | None
 ) -> Target:
     """The matrix to go to: the answer's, or the one before where that is nearly as good and still possible."""
     names = [member.name for member in asked.problem.members]
-    digests = tuple(zip(names, asked.versions, strict=True))
+    digests = _digests(asked)
     if before is not None and _is_good_enough(before, asked, answer):
         return msgspec.structs.replace(
             before,
@@ -223,6 +231,11 @@ def need_bytes(
             for point in said.points:
                 found[members.sources[name].digest, device_class, point.batch_size] = point.memory_bytes
     return found
+
+
+def _digests(asked: PlanQuestion) -> tuple[tuple[str, str], ...]:
+    """The members' versions, in order."""
+    return tuple(zip((member.name for member in asked.problem.members), asked.versions, strict=True))
 
 
 def _is_good_enough(before: Target, asked: PlanQuestion, answer: PlanAnswer) -> bool:

@@ -61,13 +61,16 @@ def main(arguments: list[str]) -> int:
     """Answer questions until there are no more; `arguments` has the parent's process id."""
     die_with_parent(int(arguments[0]))
     os.nice(NICENESS)
+    # Only answers go where answers are read: the solver may print lines of its own.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin.buffer:
         try:
             said = answer(decode_question(line))
         except AllocationError as error:
             said = PlanAnswer(error=str(error), kind=INVALID)
-        sys.stdout.buffer.write(msgspec.json.encode(said) + b"\n")
-        sys.stdout.buffer.flush()
+        answers.write(msgspec.json.encode(said) + b"\n")
+        answers.flush()
     return 0
 
 

@@ -13,7 +13,8 @@ from ensemble_contract.plan import ModelSource
 from ensemble_operator.api import InferenceEnsemble, Member, member_digest
 from ensemble_operator.control.book import MAX_ERROR, Book, Known
 from ensemble_operator.fleet import ProfileJob, ProfileReport, ProfileResult, ProfileTask
-from ensemble_operator.profiles.measurements import Measurement, Signature, declared
+from ensemble_operator.profiles.allowed_sizes import within
+from ensemble_operator.profiles.measurements import Measurement, Point, Signature, declared
 
 # For one batch size, when it alone stands between the ensemble and its first plan.
 FIRST_BUDGET_S = 2.0
@@ -76,13 +77,16 @@ def needs(
                 if now >= known.retry_at and not known.points:
                     found.append(Need(member.name, device_class, smallest, urgent=False, attempt=known.failures))
                 continue
-            is_declared = bool(declared(member, device_class).points)
+            is_declared = bool(within(declared(member, device_class), spec.batching.sizes).points)
             if is_declared and (tells_tensors or book.signature(digest) is not None):
                 continue
-            if not known.points:
+            is_known = bool(within(known.measurement(), spec.batching.sizes).points)
+            if not is_known and smallest[0] not in known.tried:
                 found.append(Need(member.name, device_class, smallest, urgent=True))
-            elif not is_declared and (rest := tuple(s for s in spec.batching.sizes if s not in known.tried)):
-                found.append(Need(member.name, device_class, rest, urgent=False))
+            elif not (is_declared or _is_fixed(known)) and (
+                rest := tuple(s for s in spec.batching.sizes if s not in known.tried)
+            ):
+                found.append(Need(member.name, device_class, rest, urgent=not is_known))
     return Needs(tuple(found), min((at for at in retries if at > now), default=None))
 
 
@@ -138,7 +142,8 @@ def measured(
 ) -> dict[tuple[str, str], Measurement]:
     """What planning works with, by (member, class): declared where the resource says so, else measured.
 
-    Where a version has failed lately, nothing: it is placed elsewhere.
+    Of figures at other batch sizes than the spec's those are told that there are, for whoever plans to refuse. Where a
+    version has failed lately, nothing: it is placed elsewhere.
     """
     found = {}
     for device_class in dict.fromkeys(classes):
@@ -150,7 +155,9 @@ def measured(
             is_asked_for = sources[member.name].digest == member_digest(member)
             said = declared(member, device_class).points if is_asked_for else ()
             failed = is_asked_for and _failure(member, known, device_class, now)
-            points = () if failed else said or known.points or known.declared
+            points = (
+                () if failed else _points(known, (said, known.points, known.declared), ensemble.spec.batching.sizes)
+            )
             overhead = known.overhead_bytes or book.idle_bytes(device_class)
             found[member.name, device_class] = Measurement(known.signature or Signature(), points, overhead)
     return found
@@ -203,6 +210,19 @@ def note_declared(
     return book
 
 
+def _points(known: Known, candidates: Sequence[tuple[Point, ...]], sizes: Sequence[int]) -> tuple[Point, ...]:
+    """The first figures at the spec's batch sizes; the first at any, if none are."""
+    signature = known.signature or Signature()
+    allowed = (within(Measurement(signature, points), sizes).points for points in candidates)
+    return next((points for points in (*allowed, *candidates) if points), ())
+
+
+def _is_fixed(known: Known) -> bool:
+    """Whether a version takes a batch of one size, which is known."""
+    fixed = known.signature.fixed_batch if known.signature is not None else None
+    return any(point.batch_size == fixed for point in known.points)
+
+
 def _failure(member: Member, known: Known, device_class: str, now: float) -> str:
     """Why a version cannot be loaded on a class now; empty if it can, or nobody knows."""
     has_figures = bool(known.points or declared(member, device_class).points)
@@ -233,8 +253,9 @@ def _learnt(before: Known, job: str, result: ProfileResult, smallest: int, sizes
     tried = {*before.tried, *points}
     error = (result.error or "")[:MAX_ERROR]
     if result.finished and points and (error or any(p.batch_size != smallest for p in result.points)):
-        # A worker stops at the size that brings nothing more, or does not fit: larger ones would not, either.
-        tried |= set(sizes)
+        # A worker stops at the size that brings nothing more, or does not fit: larger ones would not, either. What the
+        # spec lists since then was not asked for.
+        tried |= set(result.sizes or sizes)
     after = msgspec.structs.replace(
         before,
         overhead_bytes=before.overhead_bytes or result.overhead_bytes,

@@ -156,6 +156,8 @@ def plan_document(label: str, problem: Problem, plan: Plan, *, explain: bool) ->
         uses = plan.explanation.instances
         document["explanation"] = {
             "tried": list(plan.explanation.tried),
+            "noMore": list(bottleneck.no_more),
+            "unused": {use.device: use.why_unused for use in plan.explanation.devices if use.why_unused},
             "instances": [
                 {
                     "device": use.device,

@@ -20,7 +20,7 @@ from ensemble_operator.profiles.colocating import known_factors
 from ensemble_operator.profiles.held import held_bytes, serving_problem
 from ensemble_operator.profiles.measurements import UNMEASURED_OVERHEAD_BYTES, agreed_tensors
 from ensemble_operator.profiles.measuring import find_devices
-from ensemble_operator.profiles.profiling import Effort, colocation_factors, measured_members
+from ensemble_operator.profiles.profiling import Effort, measured_all
 from ensemble_operator.profiles.progress_notes import MemberProgress
 from ensemble_operator.profiles.serving_cost import with_known_cost
 from ensemble_operator.serve.preparation import ModelUnavailable
@@ -136,8 +136,7 @@ async def _measured(ensemble: InferenceEnsemble, sources: Sources) -> Question:
     classes = len({d.device_class for d in devices})
     with Bar(len(spec.members) * classes, f"profiling {ensemble.name}") as bar:
         progress = MemberProgress(bar, spec.batching.sizes, len(spec.members) * classes)
-        measured = await measured_members(ensemble, devices, effort, progress)
-        colocation = await colocation_factors(ensemble, devices, measured, effort, progress)
+        measured, colocation = await measured_all(ensemble, devices, effort, progress)
     for member in spec.members:
         results = [m for (name, _), m in measured.items() if name == member.name]
         if not any(m.points for m in results):

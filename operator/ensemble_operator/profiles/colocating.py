@@ -27,6 +27,8 @@ from ensemble_operator.profiles.measuring import WORKER
 
 # With loading, the whole stays below a minute for models on local disk.
 BUDGET_S = 30.0
+# In less nothing is learnt.
+LEAST_S = 2.0
 
 
 class Factor(msgspec.Struct, frozen=True):
@@ -118,7 +120,11 @@ class Colocating:
         found = {}
         for device_class, row in rows.items():
             known = None if self._refresh else self._kept.read(device_class)
-            answer = known or await self._measure(device_class, row, sources, tensors)
+            answer = known or (
+                await self._measure(device_class, row, sources, tensors)
+                if self._budget_s >= LEAST_S
+                else Factor(error="no time is left for it")
+            )
             if answer.factor > 0:
                 found[device_class] = answer.factor
             else:

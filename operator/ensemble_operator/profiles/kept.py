@@ -91,8 +91,12 @@ def selected(kept: Kept, sizes: Sequence[int]) -> Measurement:
     """
     found, wanted = kept.measurement, set(sizes)
     points = tuple(point for point in found.points if point.batch_size in wanted) or found.points
+    signature = found.signature
+    if kept.fixed and len(found.points) == 1:
+        # Kept before signatures told it.
+        signature = msgspec.structs.replace(signature, fixed_batch=found.points[0].batch_size)
     failed = not found.points or (kept.failed_size and any(size >= kept.failed_size for size in wanted))
-    return msgspec.structs.replace(found, points=points, error=found.error if failed else "")
+    return msgspec.structs.replace(found, signature=signature, points=points, error=found.error if failed else "")
 
 
 class KeptProfiles:

@@ -1,4 +1,4 @@
-"""What measuring tells about members, and what planning makes of it. Pure: lines in, a planning problem out."""
+"""What measuring tells about members, in its own words. Pure: lines in, measurements out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from ensemble_contract.tensors import TensorSpec
-from ensemble_operator.allocation.problem import DeviceSpec, Member, Problem, Profile
 from ensemble_operator.api import InferenceEnsemble
 from ensemble_operator.api import Member as DeclaredMember
 from ensemble_operator.errors import EnsembleError, InvalidSpec
@@ -24,11 +23,15 @@ class NotUnderstood(EnsembleError):
     """What a measuring process printed is not what was agreed."""
 
 
-class Signature(msgspec.Struct, frozen=True, rename="camel"):
-    """The inputs and outputs that a model file tells of; None where it does not."""
+class Signature(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """The inputs and outputs that a model file tells of; None where it does not.
+
+    `fixed_batch` is the only number of rows that the model takes; None if it takes others, too.
+    """
 
     inputs: tuple[TensorSpec, ...] | None = None
     outputs: tuple[TensorSpec, ...] | None = None
+    fixed_batch: int | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -193,49 +196,6 @@ def agreed_tensors(
     if problems:
         raise InvalidSpec(problems, ensemble.name)
     return inputs, outputs
-
-
-def planning_problem(
-    devices: Sequence[Device],
-    measured: Mapping[tuple[str, str], Measurement],
-    *,
-    headroom: float,
-    held_bytes: Mapping[str, int],
-    colocation: Mapping[str, float] | None = None,
-) -> Problem:
-    """The problem of placing the members that were measured, by (member, device class), on the devices.
-
-    `held_bytes` is, by kind of device, what each holds besides its instances and an idle worker: rows. `colocation` has
-    the factors of device classes, 1 where none is known. Raises InvalidProblem.
-    """
-    classes = {d.device_class for d in devices}
-    overheads = {
-        c: max((m.overhead_bytes for (_, k), m in measured.items() if k == c), default=0) or UNMEASURED_OVERHEAD_BYTES
-        for c in classes
-    }
-    profiles = tuple(
-        Profile(member, device_class, p.batch_size, p.rows_per_s, p.latency_s, p.memory_bytes)
-        for (member, device_class), measurement in measured.items()
-        for p in measurement.points
-    )
-    names = dict.fromkeys(profile.member for profile in profiles)
-    return Problem(
-        members=tuple(Member(name) for name in names),
-        devices=tuple(
-            DeviceSpec(
-                d.name,
-                d.device_class,
-                "cpu" if d.kind == "cpu" else "cuda",
-                d.capacity_bytes,
-                overheads[d.device_class] + held_bytes.get(d.kind, 0),
-            )
-            for d in devices
-        ),
-        profiles=profiles,
-        batch_sizes=tuple(sorted({profile.batch_size for profile in profiles})),
-        headroom=headroom,
-        colocation=colocation or {},
-    )
 
 
 def _show(specs: tuple[TensorSpec, ...]) -> str:

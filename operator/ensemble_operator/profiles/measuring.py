@@ -36,7 +36,10 @@ class DevicesUnavailable(EnsembleError):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One member to measure: what to load, whether its digest names the file's content, rows' tensors, batch sizes."""
+    """One member to measure: what to load, whether its digest names the file's content, rows' tensors, batch sizes.
+
+    `budget_s` is for its batches, with `load_included` for loading it, too.
+    """
 
     source: ModelSource
     known_content: bool
@@ -44,6 +47,7 @@ class Task:
     outputs: tuple[TensorSpec, ...]
     sizes: tuple[int, ...]
     budget_s: float
+    load_included: bool = False
 
 
 async def find_devices(cpu_devices: int | None) -> tuple[Device, ...]:
@@ -132,6 +136,7 @@ class Measurer:
             *WORKER, "measure", "--device", device.name, *cores, *limit, "--spec", "-",
             "--sizes", ",".join(map(str, task.sizes)), "--budget-s", f"{task.budget_s:g}",
             "--cache-dir", str(self._models), "--parent-pid", str(os.getpid()),
+            *(("--load-included",) if task.load_included else ()),
         )  # fmt: skip
         lines: list[str] = []
         name = task.source.name

@@ -1,6 +1,7 @@
 """Measures every member of an ensemble at every batch size of its spec on every class of this machine's devices.
 
-The budget is shared: what is cached, declared or quick leaves its time to the others.
+The budget is for all of it: loading, batches, co-location. What is cached, declared or quick leaves its time to the
+others; each member is measured at its smallest batch size in any case.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ensemble_operator.allocation.errors import InvalidProblem
 from ensemble_operator.api import InferenceEnsemble
 from ensemble_operator.bar import Bar
 from ensemble_operator.plans import model_source
-from ensemble_operator.profiles.colocating import Colocating, fullest_rows
+from ensemble_operator.profiles.colocating import BUDGET_S, Colocating, fullest_rows
 from ensemble_operator.profiles.held import serving_problem
 from ensemble_operator.profiles.measurements import Device, Measurement, agreed_tensors, declared
 from ensemble_operator.profiles.measuring import Measurer, Task, find_devices
@@ -29,7 +30,7 @@ Measured = Mapping[tuple[str, str], Measurement]
 class Profiled:
     """An ensemble's profiles by (member, device class); `runs` counts those that were not known before.
 
-    `colocation` has the factors of GPU classes.
+    `colocation` has the factors of GPU classes; `left_s` is what is left of the budget.
     """
 
     ensemble: InferenceEnsemble
@@ -38,11 +39,12 @@ class Profiled:
     runs: int
     seconds: float
     colocation: Mapping[str, float] = field(default_factory=dict)
+    left_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """Seconds to spend on measuring, all members together, and where models and profiles are kept.
+    """Seconds to spend on measuring, all of it together, and where models and profiles are kept.
 
     With `refresh` what is known is not believed, and replaced.
     """
@@ -68,9 +70,21 @@ async def profile(
     with Bar(total, f"profiling {ensemble.name}") as bar:
         progress = MemberProgress(bar, spec.batching.sizes, total)
         effort = Effort(spec.planning.profile_budget_s if budget_s is None else budget_s, cache_folder, force)
-        measured = await measured_members(ensemble, devices, effort, progress)
-        colocation = await colocation_factors(ensemble, devices, measured, effort, progress)
-    return Profiled(ensemble, devices, measured, progress.measured, clock() - started_s, colocation)
+        measured, colocation = await measured_all(ensemble, devices, effort, progress)
+    seconds = clock() - started_s
+    left_s = max(0.0, effort.budget_s - seconds)
+    return Profiled(ensemble, devices, measured, progress.measured, seconds, colocation, left_s)
+
+
+async def measured_all(
+    ensemble: InferenceEnsemble, devices: Sequence[Device], effort: Effort, progress: MemberProgress
+) -> tuple[dict[tuple[str, str], Measurement], dict[str, float]]:
+    """The members, as `measured_members`, and in the time that is left the factors, as `colocation_factors`."""
+    clock = asyncio.get_running_loop().time
+    started_s = clock()
+    measured = await measured_members(ensemble, devices, effort, progress)
+    rest = replace(effort, budget_s=max(0.0, effort.budget_s - (clock() - started_s)))
+    return measured, await colocation_factors(ensemble, devices, measured, rest, progress)
 
 
 async def measured_members(
@@ -121,7 +135,8 @@ async def colocation_factors(
 ) -> dict[str, float]:
     """The co-location factor of each class of GPU on which worst-fit lets members share a device.
 
-    Measured once per class, else known. Raises InvalidSpec if it is nowhere said what the tensors are.
+    Measured once per class, where there is time for it, else known. Raises InvalidSpec if it is nowhere said what the
+    tensors are.
     """
     if all(device.kind == "cpu" for device in devices):
         return {}
@@ -134,7 +149,8 @@ async def colocation_factors(
     if not rows:
         return {}
     sources = {name: task.source for name, task in (await _tasks(ensemble)).items()}
-    colocating = Colocating(devices, effort.cache_folder, progress.report, refresh=effort.refresh)
+    each_s = min(BUDGET_S, effort.budget_s / len(rows))
+    colocating = Colocating(devices, effort.cache_folder, progress.report, budget_s=each_s, refresh=effort.refresh)
     return await colocating.factors(rows, sources, agreed_tensors(ensemble, signatures))
 
 
@@ -170,5 +186,7 @@ async def _tasks(ensemble: InferenceEnsemble) -> dict[str, Task]:
     for member in spec.members:
         resolved = await asyncio.to_thread(resource_file.with_real_digest, member)
         source, known = model_source(member, resolved), bool(resolved.model.sha256)
-        tasks[member.name] = Task(source, known, spec.inputs, spec.outputs, spec.batching.sizes, 0.0)
+        tasks[member.name] = Task(
+            source, known, spec.inputs, spec.outputs, spec.batching.sizes, 0.0, load_included=True
+        )
     return tasks

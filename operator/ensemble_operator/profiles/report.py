@@ -14,6 +14,9 @@ from ensemble_operator.profiles.held import serving_problem
 from ensemble_operator.profiles.profiling import Profiled
 from ensemble_operator.profiles.serving_cost import ServingCost
 
+# Windows of one layout that differ by more were measured on a machine that did other things besides.
+LARGE_SPREAD = 0.25
+
 
 def profile_table(profiled: Profiled) -> Table:
     """A line for every member, class and batch size; the fastest batch size of each member is bold."""
@@ -48,6 +51,11 @@ def remarks(profiled: Profiled, cost: ServingCost | None = None) -> list[str]:
     if cost is not None:
         figures = f"{cost.batch_s * 1e6:,.0f} us a batch and {cost.row_s * 1e6:,.1f} us a row"
         lines.append(f"serving takes {figures} of each member's device besides, which plans reckon with")
+        if cost.spread > LARGE_SPREAD:
+            lines.append(
+                f"that was measured in windows that differ by {cost.spread:.0%}: on a machine that does nothing else, "
+                "--force measures it again"
+            )
     kept = "all known already" if not profiled.runs else f"{profiled.runs} measured anew"
     return [*lines, f"{len(profiled.measured)} profiles ({kept}) in {profiled.seconds:.1f} s"]
 

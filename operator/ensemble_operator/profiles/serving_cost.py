@@ -11,6 +11,7 @@ T rows/s measured, n / T = sum over members of (t / b + batch_s / b + row_s).
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from ensemble_contract.libraries import library_versions
 from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.memory import is_feasible
@@ -28,10 +30,14 @@ from ensemble_operator.profiles.measurements import Device, Measurement, Point
 
 
 class ServingCost(msgspec.Struct, frozen=True, rename="camel"):
-    """Seconds of a CPU device for every batch, and for every row of it."""
+    """Seconds of a CPU device for every batch, and for every row of it.
+
+    `spread` is from the slowest to the fastest window of a layout, over its median: the larger one of the two layouts.
+    """
 
     batch_s: float = 0.0
     row_s: float = 0.0
+    spread: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +94,14 @@ def fitted(problem: Problem, observations: Sequence[Observation]) -> ServingCost
     return ServingCost(max(0.0, float(batch_s)), max(0.0, float(row_s)))
 
 
+def cost_of(problem: Problem, windows: Mapping[Matrix, Sequence[float]]) -> ServingCost:
+    """The cost from rows/s of each layout in several windows, by their medians."""
+    medians = {matrix: statistics.median(rates) for matrix, rates in windows.items()}
+    found = fitted(problem, [Observation(matrix, rate) for matrix, rate in medians.items()])
+    spread = max((max(rates) - min(rates)) / medians[matrix] for matrix, rates in windows.items())
+    return msgspec.structs.replace(found, spread=spread)
+
+
 def as_served(
     measured: Mapping[tuple[str, str], Measurement], cost: ServingCost, cpu_classes: set[str]
 ) -> dict[tuple[str, str], Measurement]:
@@ -128,9 +142,9 @@ class KeptCosts:
 def cost_key(
     tensors: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]], members: int, devices: Sequence[Device]
 ) -> str:
-    """What the cost depends on, as a file name: rows and answers, how many members, and the devices."""
+    """What the cost depends on, as a file name: rows and answers, how many members, devices and libraries."""
     classes = sorted(device.device_class for device in devices)
-    return hashlib.sha256(msgspec.json.encode((tensors, members, classes))).hexdigest()
+    return hashlib.sha256(msgspec.json.encode((tensors, members, classes, library_versions()))).hexdigest()
 
 
 def with_known_cost(

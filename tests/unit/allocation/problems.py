@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -72,6 +73,17 @@ def problems(max_devices: int = 6, max_members: int = 6) -> st.SearchStrategy[Pr
         classes=st.integers(1, 2),
         colocation=st.sampled_from([0.7, 1.0, 1.3]),
     )
+
+
+def far_apart(problem: Problem, ratio: float) -> Problem:
+    """The problem with members whose speeds differ by as much more, in equal steps from the first to the last."""
+    last = max(1, len(problem.members) - 1)
+    faster = {member.name: ratio ** (at / last) for at, member in enumerate(problem.members)}
+    profiles = tuple(
+        replace(p, rows_per_s=p.rows_per_s * faster[p.member], latency_s=p.latency_s / faster[p.member])
+        for p in problem.profiles
+    )
+    return replace(problem, profiles=profiles)
 
 
 def misfits(problem: Problem, matrix: Matrix) -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ensemble_operator.allocation.errors import DoesNotFit
+from ensemble_operator.allocation.explain import explain
 from ensemble_operator.allocation.greedy import SearchStopped, Trace, greedy_paper
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.options import PlanOptions
@@ -19,11 +23,12 @@ from ensemble_operator.allocation.problem import DeviceSpec, Member, Problem, Pr
 from ensemble_operator.allocation.program import Groups, Limits, most_rows_per_s
 from ensemble_operator.allocation.throughput import rows_per_s
 from ensemble_operator.allocation.worstfit import worst_fit
-from tests.unit.allocation.problems import MIB, every_matrix, misfits, problems, random_problem
+from tests.unit.allocation.problems import MIB, every_matrix, far_apart, misfits, problems, random_problem
 
 # Searches and programs: seconds of computing, which may be minutes on a machine that is busy.
 pytestmark = pytest.mark.timeout(600)
 
+ROOT = Path(__file__).parents[3]
 QUICK = PlanOptions(max_iterations=3, max_neighbours=30, time_limit_s=2.0)
 
 
@@ -31,9 +36,12 @@ def planned(problem: Problem, options: PlanOptions = QUICK, **changes: object) -
     return plan(problem, replace(options, **changes), clock=time.perf_counter)  # type: ignore[arg-type]
 
 
-@given(problems(4, 5), st.sampled_from(["greedy", "greedy-paper"]))
+@given(problems(4, 5), st.sampled_from(["greedy", "greedy-paper", "exact"]), st.sampled_from([1.0, 1e3, 1e6, 1e8]))
 @settings(deadline=None, max_examples=30)
-def test_every_plan_is_feasible_and_between_its_start_and_its_bound(problem: Problem, strategy: str) -> None:
+def test_every_plan_is_feasible_and_between_its_start_and_its_bound(
+    problem: Problem, strategy: str, ratio: float
+) -> None:
+    problem = far_apart(problem, ratio)
     try:
         start = worst_fit(problem)
     except DoesNotFit:
@@ -41,25 +49,57 @@ def test_every_plan_is_feasible_and_between_its_start_and_its_bound(problem: Pro
     found = planned(problem, strategy=strategy)
     assert misfits(problem, found.matrix) == []
     assert found.predicted_rows_per_s >= rows_per_s(problem, start) * (1 - 1e-9)
-    assert found.predicted_rows_per_s <= found.bound_rows_per_s * (1 + 1e-6)
-    assert planned(problem, strategy=strategy).matrix == found.matrix
+    assert 0 < found.predicted_rows_per_s <= found.bound_rows_per_s
+    assert 0 <= found.gap < 1
+    # A program over single devices that time cuts off is another on another machine.
+    assert strategy == "exact" or planned(problem, strategy=strategy).matrix == found.matrix
+
+
+@given(problems(4, 4), st.floats(0.1, 1.5), st.sampled_from([1.0, 1e4, 1e8]))
+@settings(deadline=None, max_examples=15)
+def test_the_fewest_devices_are_honest(problem: Problem, share: float, ratio: float) -> None:
+    problem = far_apart(problem, ratio)
+    try:
+        target = share * planned(problem).predicted_rows_per_s
+    except DoesNotFit:
+        return
+    found = planned(problem, objective="devices", target_rows_per_s=target)
+    used = int(found.matrix.sizes.any(axis=1).sum())
+    assert misfits(problem, found.matrix) == []
+    assert found.shortfall_rows_per_s == max(0.0, target - found.predicted_rows_per_s)
+    assert found.shortfall_rows_per_s > 0 or found.device_bound <= used
+
+
+@pytest.mark.parametrize("ratio", [1e5, 1e6, 1e8, 1e9, 1e12])
+@pytest.mark.parametrize("colocation", [0.7, 1.0, 1.3])
+def test_members_of_very_different_speeds_are_all_reckoned_with(ratio: float, colocation: float) -> None:
+    problem = far_apart(random_problem(3, 2, 3, (8, 64), capacity_mib=6000, colocation=colocation), ratio)
+    optimum = max(rows_per_s(problem, matrix) for matrix in every_matrix(problem))
+    found = planned(problem, strategy="exact")
+    assert found.predicted_rows_per_s == pytest.approx(optimum, rel=1e-3)
+    assert found.bound_rows_per_s >= optimum * (1 - 1e-6)
+    answered = {m.name: 0.0 for m in problem.members}
+    for instance in found.explanation.instances:
+        answered[instance.member] += instance.rows_per_s
+    assert list(answered.values()) == pytest.approx([found.predicted_rows_per_s] * 3, rel=1e-5)
 
 
 @given(problems(5, 5), st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=20)
-def test_permuting_devices_changes_nothing_that_matters(problem: Problem, random: object) -> None:
+def test_permuting_the_devices_of_a_class_changes_nothing_that_matters(problem: Problem, random: object) -> None:
     try:
         worst_fit(problem)
     except DoesNotFit:
         return
-    order = list(problem.devices)
-    random.shuffle(order)  # type: ignore[attr-defined]
-    # Pools are ordered by their first device, so a search may end elsewhere only where classes change places.
-    one_class = len({d.device_class for d in order}) == 1
-    here, there = planned(problem), planned(replace(problem, devices=tuple(order)))
-    assert there.bound_rows_per_s == pytest.approx(here.bound_rows_per_s, rel=1e-3)
-    if one_class:
-        assert there.predicted_rows_per_s == pytest.approx(here.predicted_rows_per_s, rel=1e-9)
+    alike: dict[str, list[DeviceSpec]] = {}
+    for device in problem.devices:
+        alike.setdefault(device.device_class, []).append(device)
+    for devices in alike.values():
+        random.shuffle(devices)  # type: ignore[attr-defined]
+    order = tuple(alike[device.device_class].pop() for device in problem.devices)
+    here, there = planned(problem), planned(replace(problem, devices=order))
+    assert there.predicted_rows_per_s == pytest.approx(here.predicted_rows_per_s, rel=1e-9)
+    assert there.bound_rows_per_s == pytest.approx(here.bound_rows_per_s, rel=1e-9)
 
 
 def test_near_the_optimum_with_a_tenth_of_the_evaluations(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +148,14 @@ def test_room_that_worst_fit_does_not_see_is_found() -> None:
     found = planned(problem)
     assert misfits(problem, found.matrix) == []
     assert any("the mixed-integer program does" in line for line in found.explanation.tried)
+    assert planned(problem, time_limit_s=60.0).matrix == found.matrix
+
+
+def test_only_what_got_better_is_counted() -> None:
+    problem = random_problem(3, 1, 1, (8,), capacity_mib=16000)
+    for strategy in ("greedy", "greedy-paper"):
+        tried = planned(problem, strategy=strategy).explanation.tried
+        assert any(line.endswith("0 improvements") for line in tried), tried
 
 
 def test_no_iterations_are_an_honest_result() -> None:
@@ -196,14 +244,50 @@ def test_the_explanation_adds_up() -> None:
     assert all(f"{device.name}: " in text for device in problem.devices)
 
 
+def test_the_explanation_says_why_there_is_no_more() -> None:
+    gpu = tuple(DeviceSpec(f"d{i}", "gpu", "cuda", 100 * MIB) for i in range(2))
+    cpu = DeviceSpec("c0", "cpu", "cpu", 100 * MIB)
+    profiles = (Profile("a", "gpu", 1, 10.0, 0.1, 60 * MIB), Profile("b", "gpu", 1, 50.0, 0.02, 70 * MIB))
+    other = Profile("b", "cpu", 1, 5.0, 0.2, 20 * MIB)
+    problem = Problem((Member("a"), Member("b")), (*gpu, cpu), (*profiles, other), (1,), headroom=0.0)
+    text = explain(problem, Matrix.of(problem, [[1, 0], [0, 1], [0, 0]]), ()).text()
+    assert "a: no other device has room: it needs 60 MiB at batch size 1, and d" in text
+    assert "which lacks least, has 30 MiB free" in text
+    assert "unused: no member that limits the ensemble can run here" in text
+    both = replace(problem, devices=gpu[:1], profiles=profiles[:1], members=(Member("a"),))
+    assert "a: has an instance on every device that can run it" in planned(both).explanation.text()
+
+
+def test_an_unused_device_says_what_it_could_bring() -> None:
+    problem = random_problem(4, 6, 3, capacity_mib=9000)
+    target = 0.45 * planned(problem).predicted_rows_per_s
+    text = planned(problem, objective="devices", target_rows_per_s=target).explanation.text()
+    assert text.count("unused: an instance here brings at most ") == 3
+
+
+THOUSAND = """
+import resource, time
+from ensemble_operator.allocation.options import PlanOptions
+from ensemble_operator.allocation.planner import plan
+from tests.unit.allocation.problems import misfits, random_problem
+
+problem = random_problem(1, 1000, 36, (1, 8, 16, 32, 64, 128), capacity_mib=16_000)
+began = time.process_time()
+found = plan(problem, PlanOptions(), clock=time.perf_counter)
+seconds = time.process_time() - began
+assert misfits(problem, found.matrix) == []
+print(seconds, found.gap, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
 @pytest.mark.slow
-def test_a_thousand_devices_and_thirty_six_members_within_ten_seconds() -> None:
-    problem = random_problem(1, 1000, 36, (1, 8, 16, 32, 64, 128), capacity_mib=16_000)
-    began = time.process_time()
-    found = planned(problem, PlanOptions())
-    assert time.process_time() - began < 10
-    assert misfits(problem, found.matrix) == []
-    assert found.gap < 0.01
+def test_a_thousand_devices_and_thirty_six_members_within_ten_seconds_and_one_gibibyte() -> None:
+    # A process of its own: the peak is of the process, whatever ran in it before.
+    ended = subprocess.run([sys.executable, "-c", THOUSAND], capture_output=True, text=True, cwd=ROOT, check=True)
+    seconds, gap, peak_mib = map(float, ended.stdout.split())
+    assert seconds < 10
+    assert gap < 0.01
+    assert peak_mib < 1024
 
 
 def test_the_relaxation_over_pools_is_no_lower_than_the_program_over_devices() -> None:

@@ -46,6 +46,7 @@ def problem(**changes: object) -> Problem:
         ({"devices": (GPU, replace(GPU, name="x", kind="cpu"))}, "is of kind cpu and of kind cuda"),
         ({"devices": (replace(GPU, capacity_bytes=0),)}, "device 'gpu-0': capacity must be above 0 bytes, got 0"),
         ({"devices": (replace(GPU, overhead_bytes=-1),)}, "overhead must be at least 0"),
+        ({"devices": (replace(GPU, capacity_bytes=10**5000),)}, "capacity and overhead must be at most"),
         ({"devices": (DeviceSpec("x", "gpu", "tpu", 1),)}, "kind 'tpu' is neither cpu nor cuda"),  # type: ignore[arg-type]
         ({"batch_sizes": ()}, "at least one is needed"),
         ({"batch_sizes": (1, 1)}, "batch size 1 is listed 2 times"),
@@ -77,6 +78,8 @@ def test_all_faults_are_named_at_once() -> None:
 def test_options_that_cannot_be_meant_are_refused() -> None:
     with pytest.raises(InvalidProblem, match=r"target throughput above 0.*max neighbours"):
         PlanOptions(objective="devices", max_neighbours=0)
+    with pytest.raises(InvalidProblem, match="seed -1 must be at least 0"):
+        PlanOptions(seed=-1)
     with pytest.raises(InvalidProblem, match="strategy"):
         PlanOptions(strategy="guess")  # type: ignore[arg-type]
 

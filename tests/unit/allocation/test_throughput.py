@@ -17,9 +17,9 @@ from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.moves import Surroundings, together
 from ensemble_operator.allocation.problem import DeviceSpec, Member, Problem, Profile
 from ensemble_operator.allocation.tables import Floats, Tables
-from ensemble_operator.allocation.throughput import earnings, rows_per_s, solve, time_limits
+from ensemble_operator.allocation.throughput import earnings, rows_per_s, solve, time_limits, times_of
 from ensemble_operator.allocation.worstfit import fill, worst_fit
-from tests.unit.allocation.problems import MIB, problems, random_problem
+from tests.unit.allocation.problems import MIB, far_apart, problems, random_problem
 
 # Searches and programs: seconds of computing, which may be minutes on a machine that is busy.
 pytestmark = pytest.mark.timeout(600)
@@ -114,6 +114,26 @@ def test_merged_lines_and_closed_forms_equal_the_textbook(problem: Problem, seed
     assert layout_of(problem, matrix_of(problem, layout)) == layout
 
 
+@given(problems(), st.integers(0, 1000), st.sampled_from([1.0, 1e4, 1e8, 1e12]))
+@settings(deadline=None, max_examples=100)
+def test_times_and_prices_prove_each_other_however_far_apart_speeds_are(
+    problem: Problem, seed: int, ratio: float
+) -> None:
+    matrix = some_matrix(problem, seed)
+    if matrix is None:
+        return
+    problem = far_apart(problem, ratio)
+    layout = layout_of(problem, matrix)
+    pools, levels, counts = layout.arrays()
+    rates = line_rates(problem.tables, pools, levels)
+    solution, times = solve(problem.tables, layout), times_of(problem.tables, layout)
+    # Reached with the time there is, and with such prices no more is possible.
+    assert (rates * times).sum(axis=0) == pytest.approx(solution.reach, rel=1e-6)
+    assert (times.sum(axis=1) <= counts * time_limits(problem.tables, pools, rates) * (1 + 1e-6)).all()
+    assert (times <= counts[:, None] * (1 + 1e-6)).all()
+    assert bound_by_prices(problem.tables, layout, solution.prices) == pytest.approx(solution.rows_per_s, rel=1e-5)
+
+
 def test_ranking_by_prices_loses_nothing_against_solving_all_neighbours(capsys: pytest.CaptureFixture[str]) -> None:
     solved, offered, seconds, lost = 0, 0, [], []
     for seed in range(6):
@@ -138,5 +158,5 @@ def test_ranking_by_prices_loses_nothing_against_solving_all_neighbours(capsys: 
             f"median step {1e3 * float(np.median(seconds)):.0f} ms of one core"
         )
     assert max(lost) <= 1e-6
-    assert solved <= 0.6 * offered
-    assert np.median(seconds) < 0.3
+    assert solved <= 0.2 * offered
+    assert np.median(seconds) < 0.15

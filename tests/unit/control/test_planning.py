@@ -8,12 +8,14 @@ import msgspec
 import pytest
 
 from ensemble_contract.plan import EnsemblePlan
+from ensemble_operator.allocation.errors import InvalidProblem
 from ensemble_operator.control.book import Book
 from ensemble_operator.control.planner import Planner, PlannerFailed
 from ensemble_operator.control.planning import (
     AWAY_GRACE_S,
     UNSCHEDULABLE_GRACE_S,
     Members,
+    answered,
     live_devices,
     members_to_serve,
     need_bytes,
@@ -43,6 +45,16 @@ def everything(served: Members | None = None) -> tuple[Members, PlanQuestion]:
     members = served or members_to_serve(TWO, {}, None)
     found = measured(TWO, members.sources, [CLASS], Book(), 0.0)
     return members, question(TWO, members, DEVICES, found, ())
+
+
+def test_what_is_profiled_at_none_of_the_specs_batch_sizes_is_named() -> None:
+    other = ensemble(members=[profiled("a"), profiled("b")], batching={"sizes": [4, 16]})
+    members = members_to_serve(other, {}, None)
+    with pytest.raises(InvalidProblem) as refusal:
+        question(other, members, DEVICES, measured(other, members.sources, [CLASS], Book(), 0.0), ())
+    assert "member 'a' is profiled at batch sizes 1, none of which is in the spec's batching.sizes (4, 16)" in str(
+        refusal.value
+    )
 
 
 def answer(*cells: tuple[str, str, int], predicted: float = 100.0, running: float = 0.0) -> PlanAnswer:
@@ -81,6 +93,28 @@ def test_a_plan_that_is_hardly_better_changes_nothing() -> None:
     )
     lost = target_of(fewer, answer(("w0", "a", 1), ("w0", "b", 1), predicted=50, running=100), DEVICES, first)
     assert set(lost.rows) == {"w0"}
+
+
+def test_a_version_that_returns_is_planned_as_that_version() -> None:
+    """Its question was answered before another version was found to do as well on the same matrix."""
+
+    def asked_for(version: str) -> tuple[Members, PlanQuestion]:
+        two = ensemble(members=[profiled("a", version=version), profiled("b")])
+        members = members_to_serve(two, {}, None)
+        return members, question(two, members, DEVICES, measured(two, members.sources, [CLASS], Book(), 0.0), ())
+
+    (first, one), (_, two) = asked_for("1"), asked_for("2")
+    target = target_of(one, answer(*CELLS), DEVICES, None)
+    assert answered(two, target) is None
+    changed = target_of(two, answer(*CELLS, predicted=100, running=100), DEVICES, target)
+    assert (changed.rows, changed.digests == target.digests) == (target.rows, False)
+    assert answered(two, changed) == changed
+    back = answered(one, changed)
+    assert back is not None
+    assert (back.rows, back.digests, back.examined) == (target.rows, target.digests, one.identity)
+    goal = goal_of(TWO, first, tensors_of(TWO, first.sources, Book()), back, ADDRESSES, 0)
+    assert goal.rows == {"w0": ((0, 1),), "w1": ((1, 1),)}
+    assert answered(one, None) is None
 
 
 def test_what_cannot_be_loaded_leaves_what_runs() -> None:
@@ -197,6 +231,17 @@ def test_a_lost_plan_is_what_workers_still_run() -> None:
     assert running.planned == running.live == {Cell("w0", "a", digest, 1)}
     assert running.lingering == {Cell("w0", "z", "old", 1)}
     assert running.service is None
+
+
+def test_a_plan_from_a_backup_is_a_lost_one() -> None:
+    _, asked = everything()
+    target = target_of(asked, answer(*CELLS), DEVICES, None)
+    goal = a_plan(target, generation=3)
+    running = worker("w0", ("a", SOURCES["a"].digest, 1, "ready"))
+    assert running_of(observed([running], [gateway(3)], Mirror(goal, target)), goal).service is not None
+    stale = running_of(observed([running], [gateway(4)], Mirror(goal, target)), goal)
+    assert stale.service is None
+    assert stale.planned == {Cell("w0", "a", SOURCES["a"].digest, 1)}
 
 
 def test_tensors_that_nobody_tells_are_a_fault_of_the_resource() -> None:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import msgspec
 
-from ensemble_operator.control.book import FIRST_RETRY_S, MAX_CLASSES, Book, Known, read_book, write_book
+from ensemble_operator.control.book import (
+    FIRST_RETRY_S,
+    HASHES_ANNOTATION,
+    MAX_CLASSES,
+    Book,
+    Known,
+    hashes_of,
+    kept_book,
+    read_book,
+    write_book,
+)
 from ensemble_operator.control.planning import wanted_sources
 from ensemble_operator.control.profiling import (
     Measurer,
@@ -29,9 +42,13 @@ IDLE = ProfileReport()
 OLD, NEW = "torch 2.9.1", "torch 2.10.0"
 
 
-def result(member: str, *sizes: int, finished: bool = True, error: str | None = None) -> ProfileResult:
+def result(
+    member: str, *sizes: int, finished: bool = True, error: str | None = None, asked: tuple[int, ...] = ()
+) -> ProfileResult:
     points = tuple(Point(size, 100.0 * size, 0.01, 1 << 20) for size in sizes)
-    return ProfileResult(member, DIGEST[member], points=points, overhead_bytes=7, error=error, finished=finished)
+    return ProfileResult(
+        member, DIGEST[member], points=points, overhead_bytes=7, error=error, finished=finished, sizes=asked
+    )
 
 
 def free(*workers: str) -> list[Measurer]:
@@ -87,6 +104,30 @@ def test_results_are_learnt_as_they_come_and_kept() -> None:
     assert [p.batch_size for p in book.of(DIGEST["a"], CLASS).points] == [1, 8]
     assert "a" not in {need.member for need in needs(FIVE, SOURCES, [CLASS], book, 0.0).now}
     assert read_book(write_book(book)) == book
+
+
+def test_batch_sizes_that_the_spec_lists_later_are_measured_then() -> None:
+    report = result("a", 1, 8, asked=(1, 8, 32))
+    book = learn(Book(), [Measurer("w0", CLASS, ProfileReport("7", "done", (report,)))], FIVE.spec.batching.sizes, 0.0)
+    assert "a" not in {need.member for need in needs(FIVE, SOURCES, [CLASS], book, 0.0).now}
+    sizes = (4, 16, 32)
+    later = replace(FIVE, spec=replace(FIVE.spec, batching=replace(FIVE.spec.batching, sizes=sizes)))
+    # The worker still shows the job of before.
+    book = learn(book, [Measurer("w0", CLASS, ProfileReport("7", "done", (report,)))], sizes, 0.0)
+    first = needs(later, SOURCES, [CLASS], book, 0.0).now[0]
+    assert (first.member, first.sizes, first.urgent) == ("a", (4,), True)
+    four = result("a", 1, 4, 8, asked=(4,))
+    book = learn(book, [Measurer("w0", CLASS, ProfileReport("8", "done", (four,)))], sizes, 0.0)
+    rest = needs(later, SOURCES, [CLASS], book, 0.0).now[0]
+    assert (rest.sizes, rest.urgent) == ((16,), False)
+    assert [p.batch_size for p in measured(later, SOURCES, [CLASS], book, 0.0)["a", CLASS].points] == [4]
+
+
+def test_a_model_of_a_fixed_batch_is_measured_once_whatever_the_spec_lists() -> None:
+    told = known(16, signature=Signature(fixed_batch=16))
+    book = Book().with_known(DIGEST["a"], told)
+    assert "a" not in {need.member for need in needs(FIVE, SOURCES, [CLASS], book, 0.0).now}
+    assert [p.batch_size for p in measured(FIVE, SOURCES, [CLASS], book, 0.0)["a", CLASS].points] == [16]
 
 
 def test_a_failure_counts_once_for_each_job_and_is_tried_again_later_and_later() -> None:
@@ -194,3 +235,15 @@ def test_the_book_does_not_grow() -> None:
 def test_a_damaged_book_is_not_believed() -> None:
     good = write_book(Book().with_known("d" * 16, known(1)))
     assert read_book({**good, "e" * 16: "[{", "idle": "{]"}) == read_book(good)
+
+
+def test_a_book_that_somebody_has_edited_is_not_believed() -> None:
+    book = Book().with_known("d" * 16, known(1))
+    data = write_book(book)
+    stored: dict[str, Any] = {"metadata": {"annotations": {HASHES_ANNOTATION: hashes_of(data)}}, "data": data}
+    assert kept_book(stored) == book
+    assert kept_book({**stored, "data": {name: text.replace("1000", "9000") for name, text in data.items()}}) is None
+    assert kept_book({**stored, "data": {}}) is None
+    assert kept_book({**stored, "data": {**data, "theirs": "[]"}}) == book
+    assert kept_book({"metadata": {}, "data": data}) == book, "as it was written before there was a hash"
+    assert kept_book(None) is None
