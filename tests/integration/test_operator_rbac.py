@@ -59,7 +59,7 @@ async def test_the_role_suffices_from_apply_to_deletion(
     granted = rules(cluster_wide=False) + own_rules()
     kubeconfig = control_plane.kubeconfig_for("operator", granted, namespace=namespace, narrow=True)
     pool = {"count": 1, "resource": "cpu", "cores": "500m", "memory": "1Gi"}
-    async with operating(control_plane, namespace, start=False) as world:
+    async with operating(control_plane, namespace, start=False, allow_overrides=True) as world:
         await world.start_operator(kubeconfig)
         await world.apply(resource("tiny", [a, b], devices=pool, rollout="Pause"))
         await world.until_ready("tiny")

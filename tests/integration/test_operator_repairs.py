@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import time
 from collections.abc import Awaitable, Callable
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from ensemble_contract.pod import PLAN_FILE
 from tests.support.control_plane import ControlPlane
 from tests.support.kube_client import path_of
 from tests.support.models import export_mlp
-from tests.support.operating import Operating, member, operating, resource
+from tests.support.operating import OWNED, Operating, member, operating, resource
 
 WITHIN_S = 60.0
 # Most repairs; a single one may meet a busy moment of this machine.
@@ -22,11 +24,17 @@ CHILDREN = [
     ("Service", "tiny"),
     ("Service", "tiny-worker"),
     ("ServiceAccount", "tiny-worker"),
+    ("ServiceAccount", "tiny-gateway"),
+    ("NetworkPolicy", "tiny-worker"),
     ("NetworkPolicy", "tiny-gateway"),
     ("PodDisruptionBudget", "tiny-worker"),
     ("ConfigMap", "tiny-plan"),
     ("ConfigMap", "tiny-profiles"),
+    ("Deployment", "tiny-gateway"),
+    ("StatefulSet", "tiny-worker"),
 ]
+# Read again at a resync, or by the next operator: a test of their own.
+SECRETS = [("Secret", "tiny-worker"), ("Secret", "tiny-gateway")]
 
 
 pytestmark = pytest.mark.timeout(300)
@@ -53,6 +61,8 @@ async def test_drift_is_repaired_and_what_users_add_stays(
         await world.apply(resource("tiny", [member(name, files[name]) for name in "ab"]))
         await world.until_ready("tiny")
         kube, took_s = world.kube, list[float]()
+        found = {(kind, m["metadata"]["name"]) for kind in OWNED for m in await world.children(kind, "tiny")}
+        assert {child for child in found if child[0] != "Pod"} == {*CHILDREN, *SECRETS}
         for kind, name in CHILDREN:
             before = await kube.get(kind, namespace, name)
             assert before is not None, (kind, name)
@@ -92,6 +102,56 @@ async def test_drift_is_repaired_and_what_users_add_stays(
         answer = await world.ask("tiny", [[0.5] * 64])
         assert "outputs" in answer, answer
         await check_idle(world)
+
+
+async def test_edited_config_maps_are_written_anew(
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path]
+) -> None:
+    """What somebody has written there is neither served nor planned with."""
+    async with operating(control_plane, namespace, resync_s=300.0) as world:
+        await world.apply(resource("tiny", [member("a", files["a"])]))
+        await world.until_ready("tiny")
+        profiles = await world.kube.get("ConfigMap", namespace, "tiny-profiles") or {}
+        plan = await world.plan("tiny")
+        digest = plan["sources"][0]["digest"]
+        cheap = profiles["data"][digest].replace('"memoryBytes":', '"memoryBytes":1')
+        assert cheap != profiles["data"][digest]
+        await world.kube.patch("ConfigMap", namespace, "tiny-profiles", {"data": {digest: cheap}})
+        evil = json.dumps(plan).replace("a.pt2", "evil.pt2")
+        await world.kube.patch("ConfigMap", namespace, "tiny-plan", {"data": {PLAN_FILE: evil}})
+
+        async def is_repaired() -> bool:
+            found = await world.kube.get("ConfigMap", namespace, "tiny-profiles") or {}
+            now = await world.plan("tiny")
+            return bool(found["data"] == profiles["data"] and now["sources"] == plan["sources"])
+
+        await until(is_repaired, "edits of ConfigMaps were not repaired")
+        await world.until_ready("tiny")
+        assert (await world.plan("tiny"))["rows"] == plan["rows"]
+
+
+async def test_a_plan_from_a_backup_gives_way_to_what_is_wanted(
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path]
+) -> None:
+    async with operating(control_plane, namespace) as world:
+        device = {"count": 1, "resource": "cpu", "cores": "500m", "memory": "1Gi"}
+        both = [member(name, files[name]) for name in "ab"]
+        await world.apply(resource("tiny", both[:1], devices=device))
+        await world.until_ready("tiny")
+        old = await world.kube.get("ConfigMap", namespace, "tiny-plan") or {}
+        await world.apply(resource("tiny", both, devices=device))
+        await world.until_ready("tiny")
+        newest = (await world.plan("tiny"))["gateway"]
+        backup = {"data": old["data"], "metadata": {"annotations": old["metadata"]["annotations"]}}
+        await world.kube.patch("ConfigMap", namespace, "tiny-plan", backup)
+
+        async def is_newest() -> bool:
+            return bool((await world.plan("tiny"))["gateway"]["generation"] > newest["generation"])
+
+        await until(is_newest, "a former plan stays")
+        await world.until_ready("tiny")
+        assert (await world.plan("tiny"))["gateway"]["members"] == newest["members"]
+        assert "outputs" in await world.ask("tiny", [[0.5] * 64])
 
 
 async def test_secrets_return_with_new_keys_and_serving_goes_on(

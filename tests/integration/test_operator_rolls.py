@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ensemble_contract.pod import CPU_INSTEAD_OF_GPU
 from ensemble_operator.control.rbac import own_rules, rules
 from tests.support.control_plane import ControlPlane
 from tests.support.models import export_mlp
@@ -34,7 +35,7 @@ async def test_an_upgrade_restarts_nothing_and_a_changed_template_each_worker_in
 ) -> None:
     rights = rules(cluster_wide=False) + own_rules()
     kubeconfig = control_plane.kubeconfig_for("operator", rights, namespace=namespace, narrow=True)
-    async with operating(control_plane, namespace, start=False) as world:
+    async with operating(control_plane, namespace, start=False, allow_overrides=True) as world:
         await world.start_operator(kubeconfig)
         tiny = resource("tiny", [member(name, files[name]) for name in "ab"])
         await world.apply(tiny)
@@ -64,7 +65,7 @@ async def test_an_upgrade_restarts_nothing_and_a_changed_template_each_worker_in
 async def test_without_room_a_worker_is_replaced_only_while_requests_may_wait(
     control_plane: ControlPlane, namespace: str, files: dict[str, Path]
 ) -> None:
-    async with operating(control_plane, namespace) as world:
+    async with operating(control_plane, namespace, allow_overrides=True) as world:
         one = {"count": 1, "resource": "cpu", "cores": "500m", "memory": "1Gi"}
         tiny = resource("tiny", [member("a", files["a"])], devices=one, gateway={"timeout": "60s"})
         await world.apply(tiny)
@@ -84,6 +85,30 @@ async def test_without_room_a_worker_is_replaced_only_while_requests_may_wait(
         # Asked in the middle of it, a request waits for its answer.
         assert "outputs" in await world.ask("tiny", [ROW])
         await world.until_ready("tiny")
+
+
+async def test_with_fewer_devices_than_wanted_each_worker_is_replaced_all_the_same(
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path]
+) -> None:
+    node = {"gpus": 2, "environment": {CPU_INSTEAD_OF_GPU: "1"}}
+    async with operating(control_plane, namespace, node=node, allow_overrides=True) as world:
+        gpus = {"count": 3, "resource": "nvidia.com/gpu"}
+        tiny = resource("tiny", [member(name, files[name]) for name in "ab"], devices=gpus)
+        await world.apply(tiny)
+        await world.until_ready("tiny")
+        await world.until("tiny", lambda status: status["devices"]["summary"] == "2/3")
+        before = set(workers(world).values())
+        changed = {**tiny["spec"], "podTemplate": {"worker": {"annotations": {"note": "x"}}}}
+        async with asking(world, "tiny", ROW) as answers:
+            await world.apply({**tiny, "spec": changed})
+            least = 2
+            async with asyncio.timeout(180):
+                while set(workers(world).values()) & before or least_ready(world) < 2:
+                    least = min(least, least_ready(world))
+                    await asyncio.sleep(0.05)
+            await world.until_ready("tiny")
+        assert answers.failed == []
+        assert least >= 1, "never both at once"
 
 
 def blocked(status: Mapping[str, Any]) -> dict[str, Any]:

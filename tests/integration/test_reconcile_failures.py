@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from tests.support.control_plane import ControlPlane
+from tests.support.kube_client import path_of
 from tests.support.models import export_mlp
 from tests.support.operating import Operating, member, operating, resource
 
 pytestmark = pytest.mark.timeout(300)
+
+ONE = {"count": 1, "resource": "cpu", "cores": "500m", "memory": "1Gi"}
 
 
 def said(status: dict[str, Any], type_: str) -> dict[str, Any]:
@@ -139,20 +142,60 @@ async def test_specs_that_cannot_be_accepted(
         assert "autoscaling is not acted upon yet: 1 devices are held" in said(status, "Accepted")["message"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "content"),
+    [
+        ("Service", "tiny", {"spec": {"ports": [{"name": "http", "port": 80}], "selector": {"app": "theirs"}}}),
+        ("ServiceAccount", "tiny-worker", {"automountServiceAccountToken": True}),
+        ("ConfigMap", "tiny-plan", {"data": {"theirs": "precious"}}),
+    ],
+)
 async def test_an_object_of_somebody_else_is_left_alone(
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path], kind: str, name: str, content: dict[str, Any]
+) -> None:
+    async with operating(control_plane, namespace) as world:
+        theirs = {"apiVersion": "v1", "kind": kind, "metadata": {"name": name, "namespace": namespace}, **content}
+        before = await world.kube.create(theirs)
+        await world.apply(resource("tiny", [member("a", files["a"])], devices=ONE))
+        status = await world.until("tiny", lambda s: said(s, "Accepted").get("reason") == "NameTaken")
+        assert f"{kind} '{name}' exists" in said(status, "Accepted")["message"]
+        assert await world.kube.get(kind, namespace, name) == before
+
+
+async def test_a_version_rolled_back_and_one_that_is_broken_leave_the_former(
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """Versions that are planned alike share a matrix: whose it is, each return decides."""
+    async with operating(control_plane, namespace) as world:
+        other = member("other", files["a"])
+        for name in "aba":
+            await world.apply(resource("tiny", [member("m", files[name]), other], devices=ONE))
+            await world.until_ready("tiny")
+            assert (await world.plan("tiny"))["sources"][0]["uri"] == files[name].as_uri()
+        broken = tmp_path / "broken.pt2"
+        broken.write_bytes(b"this is no model")
+        await world.apply(resource("tiny", [member("m", broken), other], devices=ONE))
+        status = await world.until(
+            "tiny", lambda s: said(s, "Degraded")["status"] == "True" and said(s, "RolloutBlocked")["reason"] == "Done"
+        )
+        assert "member m: " in said(status, "Degraded")["message"]
+        assert "its former version goes on" in said(status, "Degraded")["message"]
+        assert [source["uri"] for source in (await world.plan("tiny"))["sources"]] == [files["a"].as_uri()] * 2
+        assert "outputs" in await world.ask("tiny", [[0.5] * 64])
+
+
+async def test_pods_that_nobody_can_create_are_missed(
     control_plane: ControlPlane, namespace: str, files: dict[str, Path]
 ) -> None:
     async with operating(control_plane, namespace) as world:
-        theirs = {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": "tiny", "namespace": namespace},
-            "spec": {"ports": [{"name": "http", "port": 80}], "selector": {"app": "theirs"}},
-        }
-        await world.kube.create(theirs)
-        await world.apply(resource("tiny", [member("a", files["a"])]))
-        status = await world.until("tiny", lambda s: said(s, "Accepted").get("reason") == "NameTaken")
-        assert "Service 'tiny' exists" in said(status, "Accepted")["message"]
-        found = await world.kube.get("Service", namespace, "tiny")
-        assert found is not None
-        assert found["spec"]["selector"] == {"app": "theirs"}
+        metadata = {"name": "small", "namespace": namespace}
+        limits = {"limits": [{"type": "Container", "max": {"cpu": "1m"}}]}
+        await world.kube.create({"apiVersion": "v1", "kind": "LimitRange", "metadata": metadata, "spec": limits})
+        await world.apply(resource("tiny", [member("a", files["a"])], devices=ONE))
+        status = await world.until("tiny", lambda s: said(s, "DevicesAcquired").get("reason") == "PodsNotCreated")
+        wanted = "0 of 1 pods exist: kubectl describe statefulset tiny-worker says why"
+        assert wanted in said(status, "DevicesAcquired")["message"]
+        status = await world.until("tiny", lambda s: said(s, "Ready").get("reason") == "PodsNotCreated")
+        assert "pods of Deployment tiny-gateway cannot be created: " in said(status, "Ready")["message"]
+        await world.kube.ask("DELETE", path_of("LimitRange", namespace, "small"))
+        await world.until("tiny", lambda s: said(s, "DevicesAcquired")["status"] == "True")

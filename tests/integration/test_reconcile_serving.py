@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ensemble_contract.libraries import libraries_text
+from ensemble_operator.control.book import HASHES_ANNOTATION, hashes_of
 from tests.support.control_plane import ControlPlane
 from tests.support.kube_client import Manifest
 from tests.support.mlp_answers import check_answer
@@ -96,7 +97,9 @@ async def check_another_torch(world: Operating, known: dict[str, str]) -> None:
     assert all(ours in text for text in known.values())
     await world.end_operator()
     data = {name: text.replace(ours, "torch 1.0") for name, text in known.items()}
-    await world.kube.patch("ConfigMap", world.namespace, "tiny-profiles", {"data": data})
+    annotations = {HASHES_ANNOTATION: hashes_of(data)}
+    written = {"data": data, "metadata": {"annotations": annotations}}
+    await world.kube.patch("ConfigMap", world.namespace, "tiny-profiles", written)
     await world.start_operator()
 
     def is_anew(book: Manifest | None) -> bool:

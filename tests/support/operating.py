@@ -25,6 +25,7 @@ import aiohttp
 from ensemble_contract.pod import PLAN_FILE
 from ensemble_operator.control.cluster import Cluster
 from ensemble_operator.control.process import Operator
+from ensemble_operator.control.rbac import own_rules, rules
 from ensemble_operator.control.reconcile import Reconciler
 from ensemble_operator.control.settings import Settings
 from tests.support.control_plane import ControlPlane
@@ -67,11 +68,17 @@ class Operating:
     lost: list[str] = field(default_factory=list)
 
     async def start_operator(self, kubeconfig: Path | None = None) -> None:
-        """Start the operator."""
+        """Start the operator, with its own role and no more unless there is a kubeconfig."""
         self.stop = asyncio.Event()
-        self.cluster = await Cluster.connect(kubeconfig or self.plane.kubeconfig, None, "test")
+        self.cluster = await Cluster.connect(kubeconfig or self._role(), None, "test")
         operator = Operator(self.cluster, self.settings, Reconciler, self.lost.append)
         self.operator = asyncio.create_task(operator.run(self.stop, "127.0.0.1"))
+
+    def _role(self) -> Path:
+        own = self.settings.pod_namespace
+        wide = self.settings.namespace != own
+        granted = rules(cluster_wide=wide) + own_rules()
+        return self.plane.kubeconfig_for("operator", granted, namespace=own, narrow=not wide)
 
     async def end_operator(self) -> None:
         """End it, as SIGTERM would."""

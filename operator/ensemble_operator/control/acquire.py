@@ -16,26 +16,31 @@ from ensemble_operator.control.times import rfc3339, unix_time
 WAITING_SINCE = "ensemble-operator.io/waiting-since"
 RETRY_AT = "ensemble-operator.io/retry-at"
 ATTEMPTS = "ensemble-operator.io/acquire-attempts"
+GENERATION = "ensemble-operator.io/acquire-generation"
 FIRST_PAUSE_S = 60.0
 LONGEST_PAUSE_S = 1_800.0
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Since when (Unix time) an ensemble waits for devices, or until when it has given them back; None: neither."""
+    """Since when (Unix time) an ensemble waits for devices, or until when it has given them back; None: neither.
+
+    `generation` is that of the resource which they were given back under; 0 if it is not known.
+    """
 
     waiting_since: float | None = None
     retry_at: float | None = None
     attempts: int = 0
+    generation: int = 0
 
     @staticmethod
     def read(annotations: Mapping[str, str]) -> Patience:
         """From the annotations of its StatefulSet."""
-        attempts = annotations.get(ATTEMPTS, "")
         return Patience(
             unix_time(annotations.get(WAITING_SINCE)) or None,
             unix_time(annotations.get(RETRY_AT)) or None,
-            int(attempts) if attempts.isdigit() else 0,
+            _number(annotations.get(ATTEMPTS, "")),
+            _number(annotations.get(GENERATION, "")),
         )
 
     def annotations(self) -> dict[str, str]:
@@ -47,6 +52,8 @@ class Patience:
             found[RETRY_AT] = rfc3339(self.retry_at)
         if self.attempts:
             found[ATTEMPTS] = str(self.attempts)
+        if self.generation:
+            found[GENERATION] = str(self.generation)
         return found
 
 
@@ -61,11 +68,16 @@ class Waiting:
     lacking: bool
 
 
-def patience(before: Patience, waiting: Waiting, timeout_s: float, now: float, seed: str) -> Patience:
-    """What becomes of an ensemble's patience. `retry_at` in the future means: hold nothing until then."""
+def patience(before: Patience, waiting: Waiting, timeout_s: float, now: float, seed: str, generation: int) -> Patience:
+    """What becomes of an ensemble's patience. `retry_at` in the future means: hold nothing until then.
+
+    `generation` is the resource's: who has corrected it need not wait.
+    """
     if waiting.fits:
         return Patience()
     if before.retry_at is not None:
+        if before.generation not in (0, generation):
+            return Patience(waiting_since=now)
         return before if now < before.retry_at else Patience(waiting_since=now, attempts=before.attempts)
     if not waiting.lacking:
         return Patience(attempts=before.attempts)
@@ -73,7 +85,11 @@ def patience(before: Patience, waiting: Waiting, timeout_s: float, now: float, s
     if now - since <= timeout_s:
         return Patience(since, attempts=before.attempts)
     retry_at = now + pause_s(before.attempts, seed, min(FIRST_PAUSE_S, timeout_s))
-    return Patience(retry_at=retry_at, attempts=before.attempts + 1)
+    return Patience(retry_at=retry_at, attempts=before.attempts + 1, generation=generation)
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdecimal() else 0
 
 
 def pause_s(attempts: int, seed: str, first_s: float = FIRST_PAUSE_S) -> float:

@@ -14,13 +14,17 @@ from ensemble_operator.control.inventory import resource_of, shortage
 from ensemble_operator.control.kinds import DEPLOYMENT, STATEFUL_SET, Manifest
 from ensemble_operator.control.observe import NONE
 from ensemble_operator.control.onepass import Pass
-from ensemble_operator.control.status import ACQUIRE_TIMEOUT, NO_DEVICE_VISIBLE
+from ensemble_operator.control.replacing import next_to_empty, useless
+from ensemble_operator.control.status import ACQUIRE_TIMEOUT, NO_DEVICE_VISIBLE, PODS_NOT_CREATED
 from ensemble_operator.control.times import rfc3339
+from ensemble_operator.control.uncreated import workers_not_created
 from ensemble_operator.control.upkeep import Upkeep
 from ensemble_operator.control.world import World
 from ensemble_operator.manifests import TEMPLATE, Children, ChildSettings, children, pool_name
 
 COMING_PERIOD_S = 2.0
+# A StatefulSet's controller makes its pods at once, where nobody refuses them.
+CREATED_WITHIN_S = 5.0
 
 
 class Acquiring:
@@ -42,10 +46,10 @@ class Acquiring:
         first = one.look.stateful_sets.get(pool_name(one.key.name, 0))
         waiting = Waiting(fits=one.look.mirror.target is not None, lacking=stuck or len(one.held) < one.wanted)
         before = Patience.read(((first or {}).get("metadata") or {}).get("annotations") or {})
-        now = patience(before, waiting, pools[0].acquire_timeout_s, one.now, str(one.key))
+        now = patience(before, waiting, pools[0].acquire_timeout_s, one.now, str(one.key), one.generation)
         manifests = self._manifests(one, pools, now)
         await self._upkeep.apply(one.key, manifests, one.uid)
-        await self._upkeep.remove_surplus(one.key, manifests, _surplus_in_use(one, pools))
+        await self._upkeep.remove_surplus(one.key, manifests, _surplus_in_use(one, pools), one.uid)
         await self._upkeep.free_stuck_pods(one.key, one.look, one.now)
         await self._replace_outdated(one, manifests)
         await self._say(one, pools, now)
@@ -70,19 +74,11 @@ class Acquiring:
             pool: _template_of(manifest)
             for pool, manifest in enumerate(m for m in manifests if m["kind"] == STATEFUL_SET.name)
         }
-        old = [
-            v
-            for v in one.look.workers
-            if not v.pod.leaving and v.pod.pool in templates and v.pod.template != templates[v.pod.pool]
-        ]
         plan = one.look.mirror.plan
-        for view in old:
-            placed = plan is not None and bool(plan.rows.get(view.name))
-            if not view.holds and (view.pod.trouble or view.pod.unschedulable or not placed):
-                await self._upkeep.replace_pod(one.key, view.name, view.pod.uid)
-        holding = [view for view in old if view.holds]
-        if holding and len(one.held) == one.wanted:
-            one.draining = holding[0].name
+        placed = {worker for worker, row in plan.rows.items() if row} if plan is not None else set[str]()
+        for view in useless(one.look.workers, templates, placed):
+            await self._upkeep.replace_pod(one.key, view.name, view.pod.uid)
+        one.draining = next_to_empty(one.look.workers, templates, _names(one), one.memory.replaced)
 
     async def _say(self, one: Pass, pools: Sequence[Devices], now: Patience) -> None:
         held, wanted = len(one.held), one.wanted
@@ -116,6 +112,11 @@ class Acquiring:
             await self._say_shortage(one, pools)
 
     async def _say_shortage(self, one: Pass, pools: Sequence[Devices]) -> None:
+        if missing := self._not_created(one):
+            one.again(MAX_AGE_S)
+            message = f"{len(one.held)} of {one.wanted} devices held; {missing}"
+            one.found.say(c.DEVICES_ACQUIRED, holds=False, reason=PODS_NOT_CREATED, message=message)
+            return
         unplaced = [v.pod for v in one.look.workers if v.pod.unschedulable and not v.pod.leaving]
         if not unplaced:
             one.again(COMING_PERIOD_S)
@@ -134,6 +135,21 @@ class Acquiring:
         if found is not None and not found.total:
             message += f"; nothing in this cluster offers {resource_of(pools[pool])}"
         one.found.say(c.DEVICES_ACQUIRED, holds=False, reason="TooFewDevices", message=message)
+
+    @staticmethod
+    def _not_created(one: Pass) -> str:
+        """Which pods have been missing for a while, and who knows why; empty if none."""
+        missing, memory = workers_not_created(one.key.name, len(one.pools), one.look), one.memory
+        if not missing:
+            memory.uncreated_since = None
+            return ""
+        memory.uncreated_since = one.now if memory.uncreated_since is None else memory.uncreated_since
+        return missing if one.now - memory.uncreated_since >= CREATED_WITHIN_S else ""
+
+
+def _names(one: Pass) -> set[str]:
+    """The names of all workers that there shall be."""
+    return {f"{pool_name(one.key.name, at)}-{n}" for at, devices in enumerate(one.pools) for n in range(devices.count)}
 
 
 def _used(one: Pass) -> set[str]:

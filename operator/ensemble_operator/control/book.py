@@ -6,15 +6,17 @@ measured with other libraries (another torch in the workers' image) is of anothe
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from ensemble_operator.profiles.measurements import Measurement, Point, Signature
 
+HASHES_ANNOTATION = "ensemble-operator.io/profile-hashes"
 FIRST_RETRY_S = 30.0
 LONGEST_RETRY_S = 900.0
 MAX_ERROR = 1_000
@@ -173,6 +175,27 @@ class Book:
 
 
 _IDLE, _SHARING = "idle", "colocation"
+
+
+def kept_book(config_map: Mapping[str, Any] | None) -> Book | None:
+    """The book in its ConfigMap; None where there is none, or somebody has edited it.
+
+    What others have added is left out. Without hashes it was written by an operator that gave none.
+    """
+    if config_map is None:
+        return None
+    data = config_map.get("data") or {}
+    told = (config_map["metadata"].get("annotations") or {}).get(HASHES_ANNOTATION)
+    if told is None:
+        return read_book(data)
+    ours = {name: text for name, text in data.items() if f'"{name}":' in told}
+    return read_book(ours) if hashes_of(ours) == told else None
+
+
+def hashes_of(data: Mapping[str, str]) -> str:
+    """What the ConfigMap is annotated with: which entries it had when it was written, and the hash of each."""
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in data.items()}
+    return msgspec.json.encode(hashes, order="deterministic").decode()
 
 
 def read_book(data: Mapping[str, str] | None) -> Book:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ensemble_operator.api import InferenceEnsemble
-from ensemble_operator.control.errors import ClusterError, Forbidden, NotFound
+from ensemble_operator.control.errors import ClusterError, Forbidden, LeadershipLost, NotFound
 from ensemble_operator.control.inventory import ClusterView, Supply, supply
 from ensemble_operator.control.kinds import NODE, POD, RESOURCE_CLAIM, RESOURCE_SLICE, Kind, Manifest
 from ensemble_operator.control.world import World
@@ -22,7 +22,7 @@ _BOUND = "spec.nodeName!="
 
 
 class Census:
-    """What the cluster has, as of the last list. Where the operator may not list it, nothing."""
+    """What the cluster has, as of the last list that did not fail. Where the operator may not list it, nothing."""
 
     def __init__(self, world: World, clock: Callable[[], float] = time.monotonic) -> None:
         self._world, self._clock = world, clock
@@ -43,8 +43,8 @@ class Census:
             return None
         async with self._turn:
             if self._clock() - self._listed_at >= MAX_AGE_S:
-                self._view = await self._list()
                 self._listed_at = self._clock()
+                self._view = await self._list()
         return self._view
 
     async def _list(self) -> ClusterView | None:
@@ -56,6 +56,11 @@ class Census:
         except Forbidden as error:
             log.warning("free devices are not told: %s", error)
             return None
+        except LeadershipLost:
+            raise
+        except ClusterError as error:
+            log.warning("free devices are told as they were last seen: %s", error)
+            return self._view
         slices = await self._optional(RESOURCE_SLICE)
         claims = [_slim_claim(claim) for claim in await self._optional(RESOURCE_CLAIM)] if slices else []
         return ClusterView(nodes, pods, slices, claims)

@@ -38,6 +38,10 @@ class NameTaken(EnsembleError):
     """An object that is not ours has the name of a child; the message says which, and what to do."""
 
 
+class NotServed(EnsembleError):
+    """The cluster does not serve a kind of object that the resource needs; the message says what to use instead."""
+
+
 @dataclass(frozen=True, slots=True)
 class Treatment:
     """What an error means: the condition that becomes bad, why in a word, and when to try again (None: when told)."""
@@ -47,11 +51,13 @@ class Treatment:
     retry_s: float | None
 
 
-# The first that fits counts. What is not here (the API server away, a conflict, leadership lost) is not the
-# ensemble's business: the queue tries again.
+# Not the ensemble's business, and soon over: the queue tries again.
+PASSING = (errors.Unavailable, errors.Conflict, errors.LeadershipLost)
+# The first that fits counts. What is neither here nor passing is told as it is, and the queue tries again.
 TABLE: Mapping[type[Exception], Treatment] = {
     InvalidSpec: Treatment(ACCEPTED, "InvalidSpec", None),
     NameTaken: Treatment(ACCEPTED, "NameTaken", 60.0),
+    NotServed: Treatment(ACCEPTED, "NotServed", 60.0),
     errors.Forbidden: Treatment(DEGRADED, errors.Forbidden.reason, 60.0),
     errors.Refused: Treatment(DEGRADED, errors.Refused.reason, 30.0),
     errors.Invalid: Treatment(DEGRADED, errors.Invalid.reason, 60.0),
@@ -83,6 +89,18 @@ class Conditions:
             holds=treatment.condition in ABNORMAL,
             reason=treatment.reason,
             message=str(error),
+        )
+
+    def fail_unexpectedly(self, error: Exception) -> None:
+        """An error that nobody has foreseen."""
+        self.say(
+            DEGRADED,
+            holds=True,
+            reason="InternalError",
+            message=(
+                f"the operator cannot go on with this ensemble: {type(error).__name__}: {error}; what runs stays, and"
+                " it is tried again. The operator's log has more: please report it"
+            ),
         )
 
     def complete(self, before: Mapping[str, Condition]) -> Iterator[tuple[str, Condition]]:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ensemble_operator.control.book import Book, read_book
+from ensemble_operator.control.book import Book, kept_book
 from ensemble_operator.control.kinds import CONFIG_MAP, DEPLOYMENT, POD, STATEFUL_SET, Key, Manifest
 from ensemble_operator.control.pods import Pod, read_pods
 from ensemble_operator.control.settings import Settings
@@ -51,7 +51,7 @@ class GatewayView:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """Everything that a reconcile decides by, as it was at one moment. `book` is None where there is no ConfigMap."""
+    """Everything that a reconcile decides by, as it was at one moment. `book` is None where no ConfigMap tells."""
 
     workers: tuple[WorkerView, ...]
     gateways: tuple[GatewayView, ...]
@@ -80,12 +80,11 @@ class Observer:
     def children(self, key: Key) -> Observed:
         """What the store knows, without asking anybody."""
         store, pods = self._store, self._store.children(POD, key)
-        profiles = store.child(CONFIG_MAP, key, child_name(key.name, PROFILES))
         return Observed(
             workers=tuple(WorkerView(pod) for pod in read_pods(pods, WORKER)),
             gateways=tuple(GatewayView(pod) for pod in read_pods(pods, GATEWAY)),
             mirror=read_mirror(store.child(CONFIG_MAP, key, child_name(key.name, PLAN))),
-            book=read_book(profiles.get("data")) if profiles is not None else None,
+            book=kept_book(store.child(CONFIG_MAP, key, child_name(key.name, PROFILES))),
             stateful_sets={m["metadata"]["name"]: m for m in store.children(STATEFUL_SET, key)},
             deployments={m["metadata"]["name"]: m for m in store.children(DEPLOYMENT, key)},
         )

@@ -10,6 +10,7 @@ from ensemble_operator.allocation.errors import AllocationError
 from ensemble_operator.api import Devices, InferenceEnsemble
 from ensemble_operator.control.book import Book
 from ensemble_operator.control.conditions import Conditions
+from ensemble_operator.control.failing import Version
 from ensemble_operator.control.kinds import Key, Manifest
 from ensemble_operator.control.observe import Observed, WorkerView
 from ensemble_operator.control.planning import Members
@@ -33,18 +34,23 @@ class Memory:
     """What this process remembers of an ensemble between reconciles: only what saves work or noise, never truth.
 
     `coming_since`: since when it waits for pods that start; `returning_since`: for such that are made again;
-    `unready_since`: since when not all members answer;
+    `unready_since`: since when not all members answer; `uncreated_since`: since when pods are missing that nobody made;
     `refused`: the last question without an answer, and why; `rows`: what gateways had answered at a time, by the life
-    of their container; `told`: failures of members that had their event; `book`: the last one, for when the ConfigMap
-    is deleted.
+    of their container; `replaced`: workers that were emptied and deleted for a new pod template; `failing`: versions of
+    members that have not run since they failed, and why; `told`: those of them that had their event; `matrices`: those
+    that had theirs since all was well; `book`: the last one, for when the ConfigMap is deleted or edited.
     """
 
     coming_since: float | None = None
     returning_since: float | None = None
     unready_since: float | None = None
+    uncreated_since: float | None = None
     refused: tuple[str, Exception] | None = None
     rows: tuple[float, Mapping[str, int]] | None = None
-    told: dict[str, str] | None = None
+    replaced: set[str] = field(default_factory=set)
+    failing: dict[Version, str] = field(default_factory=dict)
+    told: set[Version] | None = None
+    matrices: set[int] = field(default_factory=set)
     book: Book = field(default_factory=Book)
 
     @property
@@ -55,7 +61,10 @@ class Memory:
 
 @dataclass(slots=True)
 class Pass:
-    """One reconcile of one ensemble, filled in from stage to stage."""
+    """One reconcile of one ensemble, filled in from stage to stage.
+
+    `change` is the event of another matrix, for when it is written.
+    """
 
     key: Key
     document: Manifest
@@ -63,6 +72,7 @@ class Pass:
     memory: Memory
     found: Conditions = field(default_factory=Conditions)
     events: list[Event] = field(default_factory=list)
+    change: Event | None = None
     ensemble: InferenceEnsemble | None = None
     token: str = ""
     seen: Observed | None = None
@@ -85,6 +95,11 @@ class Pass:
     def uid(self) -> str:
         """The resource's."""
         return str(self.document["metadata"]["uid"])
+
+    @property
+    def generation(self) -> int:
+        """The resource's."""
+        return int(self.document["metadata"].get("generation") or 0)
 
     @property
     def spec(self) -> InferenceEnsemble:

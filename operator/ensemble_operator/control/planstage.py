@@ -7,9 +7,11 @@ from collections.abc import Mapping
 
 from ensemble_operator.allocation.errors import AllocationError
 from ensemble_operator.control import conditions as c
+from ensemble_operator.control.failing import matrix_key
 from ensemble_operator.control.onepass import Pass, Refusal, Unfitting
 from ensemble_operator.control.planner import Planner
 from ensemble_operator.control.planning import (
+    answered,
     live_devices,
     members_to_serve,
     need_bytes,
@@ -106,8 +108,8 @@ class Planning:
         assert one.members is not None  # noqa: S101  prepared
         running = before.cells() if before is not None else ()
         one.asked = asked = question(one.spec, one.members, devices, one.measured, running, one.book.factors())
-        if before is not None and asked.identity in (before.question, before.examined):
-            return before
+        if (known := answered(asked, before)) is not None:
+            return known
         if one.memory.refused is not None and one.memory.refused[0] == asked.identity:
             raise one.memory.refused[1]
         return target_of(asked, await self._ask(one, asked), devices, before)
@@ -133,12 +135,23 @@ class Planning:
         target = one.target
         assert target is not None  # noqa: S101  the caller has set it
         if before is None or target.rows != before.rows or target.digests != before.digests:
-            one.events.append(plan_changed(before, target))
+            tell_change(one, before, target)
         gap = 1 - target.predicted_rows_per_s / target.bound_rows_per_s if target.bound_rows_per_s > 0 else 0.0
         message = (
             f"{target.predicted_rows_per_s:.6g} rows/s predicted, {max(0.0, gap):.0%} below the bound; {target.why}"
         )
         one.found.say(c.PLANNED, holds=True, reason="Planned", message=message)
+
+
+def tell_change(one: Pass, before: Target | None, target: Target) -> None:
+    """Have it told that the matrix is another, but not for every further attempt at a member that fails."""
+    memory, key = one.memory, matrix_key(target)
+    if not memory.failing:
+        memory.matrices.clear()
+    elif key in memory.matrices:
+        return
+    memory.matrices.add(key)
+    one.change = plan_changed(before, target)
 
 
 def prepare(one: Pass) -> None:

@@ -68,6 +68,7 @@ class Operator:
             settings.pod_namespace,
             settings.pod_name or f"{socket.gethostname()}-{os.getpid()}",
             Effects(suspend=self._queue.pause, resume=self._queue.resume, lost=lost),
+            name=settings.lease_name,
         )
         cluster.guard = self._leadership.require
         cluster.on_written = self._written

@@ -51,7 +51,8 @@ class Reconciler:
     async def reconcile(self, key: Key) -> Outcome:
         """Look at one ensemble, and do what can be done now.
 
-        Raises what says nothing about the ensemble: the API server away, a conflict, leadership lost.
+        Raises what says nothing about the ensemble: the API server away, a conflict, leadership lost; and, once it is
+        reported, what nobody has foreseen.
         """
         document = self._world.store.ensemble(key)
         if document is None:
@@ -60,16 +61,16 @@ class Reconciler:
         if document["metadata"].get("deletionTimestamp"):
             return Outcome()
         one = Pass(key, document, self._clock(), self._memory(key, str(document["metadata"]["uid"])))
+        unforeseen: Exception | None = None
         try:
             await self._bring(one)
+        except c.PASSING:
+            raise
         except Exception as error:
-            treatment = treatment_of(error)
-            if treatment is None:
-                raise
-            one.found.fail(error, treatment)
-            if treatment.retry_s is not None:
-                one.again(treatment.retry_s)
+            unforeseen = _note(one, error)
         await self._reporter.report(one)
+        if unforeseen is not None:
+            raise unforeseen
         return Outcome(one.retry_s)
 
     async def _bring(self, one: Pass) -> None:
@@ -93,6 +94,7 @@ class Reconciler:
         said = remarks(one.spec)
         one.found.say(c.ACCEPTED, holds=True, reason="Accepted", message=said or "the resource is valid")
         one.token = (await self._upkeep.keyring(one.key, one.spec, one.uid)).token
+        one.again(max(1.0, self._upkeep.look_again_s(one.key)))
         one.seen = await self._observer.ask(one.key, self._observer.children(one.key), one.token)
         one.book = one.memory.book if one.look.book is None else one.look.book
         if any(w.refused for w in one.look.workers) or any(g.refused for g in one.look.gateways):
@@ -111,6 +113,18 @@ class Reconciler:
         self._observer.forget(key)
 
 
+def _note(one: Pass, error: Exception) -> Exception | None:
+    """Make a condition of an error; the error if nobody has foreseen it."""
+    treatment = treatment_of(error)
+    if treatment is None:
+        one.found.fail_unexpectedly(error)
+        return error
+    one.found.fail(error, treatment)
+    if treatment.retry_s is not None:
+        one.again(treatment.retry_s)
+    return None
+
+
 def child_settings(world: World) -> ChildSettings:
     """What the operator's settings decide about children."""
     settings = world.settings
@@ -118,5 +132,6 @@ def child_settings(world: World) -> ChildSettings:
         worker_image=settings.worker_image,
         gateway_image=settings.gateway_image,
         image_pull_policy=settings.image_pull_policy or "IfNotPresent",
+        image_pull_secrets=settings.image_pull_secrets,
         operator_namespace=settings.pod_namespace if settings.pod_name else "",
     )

@@ -9,9 +9,12 @@ from ensemble_contract.pod import HTTP_PORT
 from ensemble_operator.api import API_VERSION, KIND
 from ensemble_operator.control import conditions as c
 from ensemble_operator.control.errors import ClusterError, LeadershipLost, NotFound
+from ensemble_operator.control.failing import failing
 from ensemble_operator.control.kinds import SERVICE
 from ensemble_operator.control.onepass import Pass
+from ensemble_operator.control.planning import wanted_sources
 from ensemble_operator.control.status import (
+    PODS_NOT_CREATED,
     WARNING,
     Event,
     Facts,
@@ -20,6 +23,7 @@ from ensemble_operator.control.status import (
     make_status,
     same_but_times,
 )
+from ensemble_operator.control.uncreated import gateways_not_created
 from ensemble_operator.control.world import World
 from ensemble_operator.fleet import GatewayState
 from ensemble_operator.manifests import pool_name, selector_text
@@ -49,7 +53,9 @@ class Reporter:
         if not states:
             silent = next((v for v in one.look.gateways if v.silence), None)
             message = f"no gateway answers yet ({silent.pod.name}: {silent.silence})" if silent else "no gateway yet"
-            one.found.say(c.READY, holds=False, reason="NoGateway", message=message)
+            refused = gateways_not_created(one.look)
+            reason = PODS_NOT_CREATED if refused else "NoGateway"
+            one.found.say(c.READY, holds=False, reason=reason, message=refused or message)
         elif lacking or not all(state.members for state in states):
             shown = f"; missing: {', '.join(lacking[:MAX_NAMED])}" if lacking else ""
             message = f"{len(served) - len(lacking)} of {total} members answer{shown}"
@@ -58,9 +64,11 @@ class Reporter:
             message = f"all {len(served)} members that are served answer at {self._url(one)}"
             one.found.say(c.READY, holds=True, reason="Ready", message=message)
         self._look_again(one)
+        wanted = {name: source.digest for name, source in wanted_sources(one.spec).items()}
+        one.memory.failing = failing(one.look.workers, one.members, wanted, one.memory.failing)
         wrong = list(_wrong(one))
         message = "; ".join(wrong) if wrong else "nothing is wrong"
-        reason = ("MemberFailed" if _failed_members(one) else "WorkerLost") if wrong else "AsWanted"
+        reason = ("MemberFailed" if one.memory.failing else "WorkerLost") if wrong else "AsWanted"
         one.found.say(c.DEGRADED, holds=bool(wrong), reason=reason, message=message)
 
     def _look_again(self, one: Pass) -> None:
@@ -79,8 +87,7 @@ class Reporter:
         Raises a ClusterError if the status cannot be written.
         """
         before = one.document.get("status") or {}
-        generation = int(one.document["metadata"].get("generation") or 0)
-        after = make_status(before, one.found, self._facts(one), generation, one.now)
+        after = make_status(before, one.found, self._facts(one), one.generation, one.now)
         news = [*events(before, after), *one.events, *self._member_events(one, before)]
         if not same_but_times(before, after):
             manifest = {
@@ -109,17 +116,16 @@ class Reporter:
         """An event for each member that has newly failed."""
         if one.seen is None:
             return []
-        failed = _failed_members(one)
-        told = one.memory.told
+        failed, told = one.memory.failing, one.memory.told
         if told is None:
             # Who was here before has told what the status says.
             text = str(before.get("conditions", ""))
-            told = {name: cause for name, cause in failed.items() if f"member {name}: " in text}
-        one.memory.told = dict(failed)
+            told = {version for version in failed if f"member {version[0]}: " in text}
+        one.memory.told = set(failed)
         return [
-            Event(WARNING, "MemberFailed", f"member {name}: {cause}", "Load")
-            for name, cause in failed.items()
-            if name not in told
+            Event(WARNING, "MemberFailed", f"member {version[0]}: {cause}", "Load")
+            for version, cause in failed.items()
+            if version not in told
         ]
 
     def _facts(self, one: Pass) -> Facts:
@@ -127,7 +133,7 @@ class Reporter:
         wanted = one.wanted or int((document.get("devices") or {}).get("count") or 1)
         members = len(document.get("members") or ())
         if one.ensemble is None or one.seen is None:
-            return Facts(replicas=0, selector=selector_text(one.key.name), wanted=wanted, members=members)
+            return Facts(replicas=None, selector=selector_text(one.key.name), wanted=wanted, members=members)
         look = one.look
         first = look.stateful_sets.get(pool_name(one.key.name, 0)) or {}
         return Facts(
@@ -164,20 +170,10 @@ def _live_members(one: Pass) -> set[str]:
     return set.intersection(*live) if live else set()
 
 
-def _failed_members(one: Pass) -> dict[str, str]:
-    """Members that cannot be loaded as the resource wants them, and those that fail somewhere, with the cause."""
-    found = dict(one.members.failed) if one.members is not None else {}
-    for view in one.look.workers:
-        for instance in view.report.instances if view.report is not None else ():
-            if instance.state == "failed":
-                found.setdefault(instance.member, f"on {view.name}: {instance.error or 'no reason given'}")
-    return found
-
-
 def _wrong(one: Pass) -> list[str]:
     found = []
     members = one.members
-    for name, cause in _failed_members(one).items():
+    for (name, _), cause in one.memory.failing.items():
         instead = ""
         if members is not None and name in members.kept:
             instead = " (its former version goes on)"
@@ -194,6 +190,8 @@ def _wrong(one: Pass) -> list[str]:
         away_s = one.now - view.pod.away_since if view.pod.away_since is not None else 0.0
         if placed and not view.pod.leaving and (view.pod.trouble or (not view.holds and away_s > AWAY_TOLD_S)):
             found.append(f"worker {view.name}: {view.pod.trouble or view.silence or 'it does not answer'}")
+    refused = gateways_not_created(one.look)
+    found += [refused] if refused and _answering(one) else []
     found += [f"gateway {v.pod.name}: {v.pod.trouble}" for v in one.look.gateways if v.pod.trouble]
     return found
 

@@ -9,9 +9,8 @@ import msgspec
 from ensemble_contract.plan import EnsemblePlan
 from ensemble_contract.pod import DATA_PORT, PLAN_FILE
 from ensemble_operator.control import conditions as c
-from ensemble_operator.control.book import write_book
-from ensemble_operator.control.kinds import Manifest
-from ensemble_operator.control.observe import Observer
+from ensemble_operator.control.book import HASHES_ANNOTATION, hashes_of, write_book
+from ensemble_operator.control.observe import Observer, WorkerView
 from ensemble_operator.control.onepass import Pass
 from ensemble_operator.control.planning import row_cache_bytes, tensors_of
 from ensemble_operator.control.profiling import note_failure
@@ -21,6 +20,7 @@ from ensemble_operator.control.stepping import (
     goal_of,
     is_settled,
     memory_of,
+    newest_plan,
     running_of,
     same_but_generation,
     states_of,
@@ -71,7 +71,7 @@ class Rolling:
         running = running_of(look, goal)
         outcome = next_step(running, wanted(goal, pause=pause), memory)
         if isinstance(outcome, Step):
-            plan = plan_of(outcome, look.highest_generation + 1, goal, look.mirror.plan)
+            plan = plan_of(outcome, look.highest_generation + 1, goal, newest_plan(look))
             log.info("plan %d: %d loads, %d unloads", plan.generation, len(outcome.loads), len(outcome.unloads))
             await self._write(one, plan)
             one.again(STEP_PERIOD_S)
@@ -97,7 +97,11 @@ class Rolling:
         if c.ROLLOUT_BLOCKED not in one.found.said:
             message = "the plan that runs stays until the next one is known"
             one.found.say(c.ROLLOUT_BLOCKED, holds=False, reason="Waiting", message=message)
-        await self._upkeep.apply(one.key, [_mirror_of(one, plan)], one.uid)
+        if (better := _mended(one, plan)) is not None:
+            await self._write(one, better)
+            one.again(STEP_PERIOD_S)
+            return
+        await self._mirror(one, plan)
         if not await self._pusher.push(one.key, plan, one.look, one.token) or not is_settled(one.look, plan.generation):
             one.again(WAIT_PERIOD_S)
 
@@ -111,7 +115,8 @@ class Rolling:
             one.book = one.book.only(used)
         one.memory.book = one.book
         if one.book.known or one.book.idle:
-            manifest = profiles_config_map(one.spec, one.uid, write_book(one.book))
+            data = write_book(one.book)
+            manifest = profiles_config_map(one.spec, one.uid, data, {HASHES_ANNOTATION: hashes_of(data)})
             await self._upkeep.apply(one.key, [manifest], one.uid)
 
     async def _settle(self, one: Pass, goal: EnsemblePlan) -> None:
@@ -132,7 +137,11 @@ class Rolling:
     async def _replace_emptied(self, one: Pass) -> None:
         view = next(v for v in one.look.workers if v.name == one.draining)
         if view.report is not None and not view.report.instances:
-            await self._upkeep.replace_pod(one.key, view.name, view.pod.uid)
+            await self._replace(one, view)
+
+    async def _replace(self, one: Pass, view: WorkerView) -> None:
+        one.memory.replaced.add(view.name)
+        await self._upkeep.replace_pod(one.key, view.name, view.pod.uid)
 
     async def _replace_held(self, one: Pass) -> bool:
         """Where an old pod cannot be emptied and requests may be held: hold them, then replace it."""
@@ -146,15 +155,23 @@ class Rolling:
             return True
         await self.keep(one)
         if is_settled(one.look, plan.generation):
-            view = next(v for v in one.look.workers if v.name == one.draining)
-            await self._upkeep.replace_pod(one.key, view.name, view.pod.uid)
+            await self._replace(one, next(v for v in one.look.workers if v.name == one.draining))
         one.again(WAIT_PERIOD_S)
         return True
 
     async def _write(self, one: Pass, plan: EnsemblePlan) -> None:
         """Write a plan to the ConfigMap, then tell everybody."""
-        await self._upkeep.apply(one.key, [_mirror_of(one, plan)], one.uid)
+        await self._mirror(one, plan)
         await self._pusher.push(one.key, plan, one.look, one.token)
+
+    async def _mirror(self, one: Pass, plan: EnsemblePlan) -> None:
+        """Write a plan, with the matrix that it leads to, to the ConfigMap."""
+        data, annotations = write_mirror(plan, one.target or one.look.mirror.target)
+        manifest = plan_config_map(one.spec, one.uid, data[PLAN_FILE], annotations)
+        await self._upkeep.apply(one.key, [{**manifest, "data": data}], one.uid)
+        if one.change is not None:
+            one.events.append(one.change)
+            one.change = None
 
     def _note_failed(self, one: Pass, outcome: Failed) -> None:
         """Remember what cannot be loaded: the next plan does without it until it is tried again."""
@@ -189,10 +206,15 @@ class Rolling:
             one.found.say(c.ROLLOUT_BLOCKED, holds=False, reason="Rolling", message="a change is under way")
 
 
-def _mirror_of(one: Pass, plan: EnsemblePlan) -> Manifest:
-    data, annotations = write_mirror(plan, one.target or one.look.mirror.target)
-    manifest = plan_config_map(one.spec, one.uid, data[PLAN_FILE], annotations)
-    return {**manifest, "data": data}
+def _mended(one: Pass, plan: EnsemblePlan) -> EnsemblePlan | None:
+    """A plan to write in place of the present one: nobody takes it, or it holds requests for a pod that cannot come."""
+    troubled = {view.name for view in one.look.workers if view.pod.trouble}
+    in_vain = plan.gateway.hold and any(row and worker in troubled for worker, row in plan.rows.items())
+    if not in_vain and plan.generation >= one.look.highest_generation:
+        return None
+    hold = plan.gateway.hold and not in_vain
+    gateway = msgspec.structs.replace(plan.gateway, hold=hold, generation=one.look.highest_generation + 1)
+    return msgspec.structs.replace(plan, gateway=gateway)
 
 
 def _is_reached(one: Pass, plan: EnsemblePlan) -> bool:

@@ -15,7 +15,7 @@ from ensemble_operator.control.times import rfc3339
 
 Manifest = Mapping[str, Any]
 NORMAL, WARNING = "Normal", "Warning"
-ACQUIRE_TIMEOUT, NO_DEVICE_VISIBLE = "AcquireTimeout", "NoDeviceVisible"
+ACQUIRE_TIMEOUT, NO_DEVICE_VISIBLE, PODS_NOT_CREATED = "AcquireTimeout", "NoDeviceVisible", "PodsNotCreated"
 SIGNIFICANT_DIGITS = 4
 
 
@@ -33,9 +33,12 @@ class WorkerRow:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Everything that a status tells besides its conditions. None: not looked at this time."""
+    """Everything that a status tells besides its conditions.
 
-    replicas: int
+    `replicas`, `held`, `live` are None where nothing was looked at this time: then what was told before still counts.
+    """
+
+    replicas: int | None
     selector: str
     wanted: int
     held: int | None = None
@@ -88,7 +91,7 @@ def make_status(before: Manifest, found: Conditions, facts: Facts, generation: i
         "observedGeneration": generation,
         "conditions": listed,
         "phase": phase_of(said),
-        "replicas": facts.replicas,
+        "replicas": before.get("replicas", 0) if facts.replicas is None else facts.replicas,
         "selector": facts.selector,
     }
     _add_devices(status, before, facts)
@@ -99,6 +102,8 @@ def make_status(before: Manifest, found: Conditions, facts: Facts, generation: i
         status["throughput"] = _throughput(facts, before)
     if facts.url:
         status["url"] = facts.url
+    if facts.replicas is None:
+        status |= {part: before[part] for part in ("allocation", "throughput", "url") if part in before}
     return status
 
 
@@ -142,7 +147,7 @@ def events(before: Manifest, after: Manifest) -> Iterator[Event]:
     if lost is not None and lost.status == c.TRUE and new[c.READY].status == c.FALSE:
         yield Event(WARNING, "NotReady", new[c.READY].message, "Report")
     now, then = new[c.DEVICES_ACQUIRED], old.get(c.DEVICES_ACQUIRED)
-    alarming = now.status == c.FALSE and now.reason in (ACQUIRE_TIMEOUT, NO_DEVICE_VISIBLE)
+    alarming = now.status == c.FALSE and now.reason in (ACQUIRE_TIMEOUT, NO_DEVICE_VISIBLE, PODS_NOT_CREATED)
     if alarming and (then is None or then.reason != now.reason):
         yield Event(WARNING, now.reason, now.message, "Acquire")
 

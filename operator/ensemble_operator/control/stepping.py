@@ -57,12 +57,18 @@ def states_of(seen: Observed) -> dict[Cell, str]:
     }
 
 
+def newest_plan(seen: Observed) -> EnsemblePlan | None:
+    """The plan in the ConfigMap; None where pods have a newer one: somebody has restored a former ConfigMap."""
+    plan = seen.mirror.plan
+    return None if plan is None or plan.generation < seen.highest_generation else plan
+
+
 def running_of(seen: Observed, goal: EnsemblePlan) -> Running:
     """What runs: the newest plan, and what workers and gateways make of it.
 
     Where the plan was lost, what workers report is what was planned: they still have it.
     """
-    plan, states = seen.mirror.plan, states_of(seen)
+    plan, states = newest_plan(seen), states_of(seen)
     if plan is not None:
         return plans.running(plan, states, settled=is_settled(seen, plan.generation))
     known = {(source.name, source.digest) for source in goal.sources}

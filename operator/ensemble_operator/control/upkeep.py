@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ensemble_operator.api import InferenceEnsemble
-from ensemble_operator.control.conditions import NameTaken
+from ensemble_operator.control.conditions import NameTaken, NotServed
 from ensemble_operator.control.drift import Applied
-from ensemble_operator.control.errors import Conflict
+from ensemble_operator.control.errors import Conflict, NotFound
 from ensemble_operator.control.keyring import Keyring, contents_of, keyring
 from ensemble_operator.control.kinds import (
     CLAIM_TEMPLATE,
     DISRUPTION_BUDGET,
+    ENSEMBLE,
+    OPTIONAL,
     POD,
     SECRET,
     STATEFUL_SET,
@@ -32,8 +34,8 @@ from ensemble_operator.manifests import GATEWAY, WORKER, child_name, secret
 
 log = logging.getLogger(__name__)
 
-# Secrets are not watched: they are read again when a resync comes.
-SECRET_AGE_S = 200.0
+# Secrets are not watched: they are read again by who looks when they are so old, and somebody looks in time.
+SECRET_AGE_S, LONGEST_AGE_S = 200.0, 300.0
 TOKEN_BYTES = 32
 # Kinds of which an ensemble may come to want fewer.
 _SURPLUS_KINDS = (DISRUPTION_BUDGET, CLAIM_TEMPLATE, STATEFUL_SET)
@@ -69,8 +71,8 @@ class Upkeep:
             return known.keyring
         names = {part: child_name(ensemble.name, part) for part in (WORKER, GATEWAY)}
         found = {part: await self._world.cluster.get(SECRET, key.namespace, name) for part, name in names.items()}
-        for part, name in names.items():
-            _check_ours(found[part], uid, SECRET, name)
+        for part, secret_found in found.items():
+            found[part] = await self._ours(key, SECRET, secret_found, uid)
         wanted = keyring(
             contents_of(found[WORKER]),
             contents_of(found[GATEWAY]),
@@ -83,6 +85,11 @@ class Upkeep:
         self._keys[key] = _Known(uid, encrypted, wanted, self._clock())
         return wanted
 
+    def look_again_s(self, key: Key) -> float:
+        """How long the Secrets may go on without being read: they are not watched, and may be deleted or changed."""
+        known = self._keys.get(key)
+        return 0.0 if known is None else max(0.0, known.read_at + LONGEST_AGE_S - self._clock())
+
     def forget_keys(self, key: Key) -> None:
         """Read the Secrets again next time: somebody does not accept the token."""
         self._keys.pop(key, None)
@@ -90,28 +97,29 @@ class Upkeep:
     async def apply(self, key: Key, manifests: Iterable[Manifest], uid: str) -> None:
         """Apply those that are not as they shall be.
 
-        Raises a ClusterError, or NameTaken if an object of that name is not ours.
+        Raises a ClusterError, NameTaken if an object of that name is not ours, or NotServed.
         """
         for manifest in manifests:
-            kind, name = kind_of(manifest), manifest["metadata"]["name"]
+            kind = kind_of(manifest)
             if kind == SECRET:
                 continue
-            live = self._world.store.child(kind, key, name)
-            if live is not None and _owner(live) not in ("", uid):
-                # Of an ensemble of the same name that is gone: its children go, too.
-                await self._world.cluster.delete(kind, key.namespace, name, uid=live["metadata"].get("uid"))
-                live = None
+            live = self._world.store.child(kind, key, manifest["metadata"]["name"])
             if not self._applied[key].is_settled(manifest, live):
-                self._applied[key].note(manifest, await self._apply(manifest, live, uid))
+                try:
+                    self._applied[key].note(manifest, await self._apply(key, manifest, live, uid))
+                except NotFound as error:
+                    if kind in OPTIONAL:
+                        raise _not_served(kind) from error
+                    raise
 
-    async def remove_surplus(self, key: Key, wanted: Iterable[Manifest], in_use: Iterable[str]) -> None:
-        """Delete children that are wanted no more; not the StatefulSets named `in_use`."""
+    async def remove_surplus(self, key: Key, wanted: Iterable[Manifest], in_use: Iterable[str], uid: str) -> None:
+        """Delete the ensemble's children that are wanted no more; not the StatefulSets named `in_use`."""
         names = {(kind_of(manifest), manifest["metadata"]["name"]) for manifest in wanted}
         kept = set(in_use)
         for kind in _SURPLUS_KINDS:
             for child in self._world.store.children(kind, key):
                 name = child["metadata"]["name"]
-                if (kind, name) not in names and name not in kept:
+                if (kind, name) not in names and name not in kept and _owner(child).get("uid") == uid:
                     log.info("removing %s %s: it is wanted no more", kind, name)
                     await self._world.cluster.delete(kind, key.namespace, name, uid=child["metadata"].get("uid"))
 
@@ -132,19 +140,31 @@ class Upkeep:
         self._keys.pop(key, None)
         self._applied.pop(key, None)
 
-    async def _apply(self, manifest: Manifest, live: Manifest | None, uid: str) -> Manifest:
-        cluster = self._world.cluster
-        if live is not None:
-            return await cluster.apply(manifest)
-        try:
-            return await cluster.apply(manifest, force=False)
-        except Conflict as error:
-            # One of ours that lost its labels is not in the store; one of somebody else's must stay as it is.
-            kind, metadata = kind_of(manifest), manifest["metadata"]
-            found = await self._find(kind, metadata["namespace"], metadata["name"])
-            if found is None or _owner(found) == uid:
-                return await cluster.apply(manifest)
-            raise _taken(kind, metadata["name"]) from error
+    async def _apply(self, key: Key, manifest: Manifest, live: Manifest | None, uid: str) -> Manifest:
+        """Apply a child. `live` is what the store has of that name with the ensemble's label."""
+        kind = kind_of(manifest)
+        if live is None:
+            # Somebody else's, or one of ours that lost its labels, is not in the store; an apply would adopt it.
+            await self._ours(key, kind, await self._find(kind, key.namespace, manifest["metadata"]["name"]), uid)
+        elif _owner(live):
+            await self._ours(key, kind, live, uid)
+        return await self._world.cluster.apply(manifest)
+
+    async def _ours(self, key: Key, kind: Kind, found: Manifest | None, uid: str) -> Manifest | None:
+        """An object with a child's name, if it is the ensemble's; that of a former ensemble of the name is deleted.
+
+        Raises NameTaken if it is somebody else's, and Conflict while it is about to go.
+        """
+        owner = _owner(found) if found is not None else {}
+        if found is None or owner.get("uid") == uid:
+            return found
+        name = found["metadata"]["name"]
+        if (owner.get("kind"), owner.get("name")) != (ENSEMBLE.name, key.name):
+            raise _taken(kind, name)
+        if found["metadata"].get("deletionTimestamp"):
+            raise Conflict(f"{kind} {name!r} of a former ensemble of this name is being deleted")
+        await self._world.cluster.delete(kind, key.namespace, name, uid=found["metadata"].get("uid"))
+        return None
 
     async def _find(self, kind: Kind, namespace: str, name: str) -> Manifest | None:
         found = await self._world.cluster.list(kind, namespace, fields=f"metadata.name={name}")
@@ -160,19 +180,20 @@ class Upkeep:
         await cluster.create(manifest)
 
 
-def _check_ours(found: Manifest | None, uid: str, kind: Kind, name: str) -> None:
-    if found is not None and _owner(found) != uid:
-        raise _taken(kind, name)
-
-
-def _owner(found: Manifest) -> str:
-    """The uid of the controller of an object; empty if it has none."""
+def _owner(found: Manifest) -> Manifest:
+    """The reference of an object to its controller; empty if it has none."""
     owners = found["metadata"].get("ownerReferences") or ()
-    return next((str(owner["uid"]) for owner in owners if owner.get("controller")), "")
+    return next((owner for owner in owners if owner.get("controller")), {})
 
 
 def _taken(kind: Kind, name: str) -> NameTaken:
     return NameTaken(
         f"{kind} {name!r} exists in this namespace and does not belong to this ensemble: delete or rename it, or give"
         " the ensemble another name"
+    )
+
+
+def _not_served(kind: Kind) -> NotServed:
+    return NotServed(
+        f"this cluster serves no {kind} of {kind.api_version}, which devices.deviceClass needs: use devices.resource"
     )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import itertools
 from typing import Any
 
 import pytest
 
+from ensemble_operator.api import PodOverrides
 from ensemble_operator.control.drift import Applied
 from ensemble_operator.control.keyring import contents_of, keyring
-from ensemble_operator.control.overrides import check_allowed, remarks
+from ensemble_operator.control.overrides import REACHING, check_allowed, remarks
 from ensemble_operator.control.pods import UNREACHABLE_AFTER_S, read_pod, read_pods
 from ensemble_operator.control.times import unix_time
 from ensemble_operator.errors import InvalidSpec
@@ -176,17 +178,39 @@ def test_a_pod_evicted_from_a_node_that_is_gone_is_stuck_at_once(away: str, reas
 def test_what_reaches_further_is_refused_with_its_path_unless_allowed() -> None:
     reaching = ensemble(
         members=[{"name": "a", "model": {"uri": "pvc://claim/a.pt2", "credentialsSecret": "keys"}}],
-        podTemplate={"gateway": {"volumes": [{"name": "v", "emptyDir": {}}], "labels": {"x": "y"}}},
+        podTemplate={
+            "worker": {"labels": {"x": "y"}, "priorityClassName": "high"},
+            "gateway": {"volumes": [{"name": "v", "emptyDir": {}}], "annotations": {"x": "y"}, "runtimeClassName": "r"},
+        },
     )
     with pytest.raises(InvalidSpec) as caught:
         check_allowed(reaching, allow_overrides=False)
     assert [problem.path for problem in caught.value.problems] == [
+        "spec.podTemplate.worker.labels",
+        "spec.podTemplate.worker.priorityClassName",
         "spec.podTemplate.gateway.volumes",
+        "spec.podTemplate.gateway.annotations",
+        "spec.podTemplate.gateway.runtimeClassName",
         "spec.members[0].model.uri",
         "spec.members[0].model.credentialsSecret",
     ]
     assert "allowOverrides" in str(caught.value)
     check_allowed(reaching, allow_overrides=True)
+
+
+def test_what_only_sizes_and_places_pods_is_allowed_to_all() -> None:
+    placed = {
+        "resources": {"requests": {"cpu": "2"}},
+        "nodeSelector": {"zone": "a"},
+        "tolerations": [{"operator": "Exists"}],
+        "affinity": {"nodeAffinity": {}},
+    }
+    check_allowed(ensemble("a", podTemplate={"worker": placed, "gateway": placed}), allow_overrides=False)
+
+
+def test_every_part_of_a_pod_template_is_refused_or_places_the_pod() -> None:
+    places = {"resources", "node_selector", "tolerations", "affinity"}
+    assert {field.name for field in dataclasses.fields(PodOverrides)} == {*REACHING, *places}
 
 
 def test_label_files_are_refused_in_any_case() -> None:

@@ -78,6 +78,17 @@ def test_what_was_not_looked_at_is_as_it_was_and_for_which_generation() -> None:
     assert {condition["status"] for condition in new["conditions"][1:]} == {"Unknown"}
 
 
+def test_where_nothing_was_observed_what_was_told_before_stays() -> None:
+    told = {"allocation": {"generation": 3}, "throughput": {"predicted": 100.0, "bound": 200.0, "measured": 17.0}}
+    before = {**status(), **told}
+    blind = Facts(replicas=None, selector="a=b", wanted=2, members=2)
+    after = make_status(before, found(Accepted=(False, "InvalidSpec")), blind, 2, 1.0)
+    for part in ("replicas", "allocation", "throughput", "url", "devices", "members"):
+        assert after[part] == before[part]
+    assert make_status({}, found(), blind, 1, 0.0)["replicas"] == 0
+    assert "allocation" not in make_status(before, found(**READY), FACTS, 2, 1.0)
+
+
 def test_phases() -> None:
     assert status()["phase"] == "Ready"
     assert status(Degraded=(True, "MemberFailed"))["phase"] == "Degraded"
