@@ -85,7 +85,8 @@ $(V2_CLIENT)/.installed: constraints.txt | $(BIN)/python
 	    --python-version 3.11 --only-binary :all: 'tritonclient[http]'
 	@rm -rf $(V2_CLIENT)/numpy* && touch $@
 
-CLUSTER_TEST = ENSEMBLE_TEST_V2_CLIENT=$(abspath $(V2_CLIENT)) $(BIN)/python -m pytest tests/cluster $(ARGS)
+CLUSTER_TEST = ENSEMBLE_TEST_V2_CLIENT=$(abspath $(V2_CLIENT)) ENSEMBLE_TEST_ARCHIVES=$(abspath build/images) \
+    $(BIN)/python -m pytest tests/cluster $(ARGS)
 .PHONY: cluster-test
 cluster-test: $(VENV)/.installed-dev images models $(V2_CLIENT)/.installed  ## Install, serve and break things in the cluster that KUBECONFIG names
 	@if [ -n "$${KUBECONFIG:-}" ]; then export ENSEMBLE_TEST_IMAGES=$${ENSEMBLE_TEST_IMAGES:-localhost:test}; $(CLUSTER_TEST); \

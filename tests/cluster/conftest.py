@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -77,19 +77,22 @@ def system(cluster: Cluster) -> Iterator[str]:
 
 @pytest.fixture
 def ended(client: Client, record: Callable[[str], None]) -> Ended:
-    """Called with the tally before a change and its name: what became of requests since, with a hundred after it.
+    """Called with the tally before a change, its name and the factors allowed in it.
 
-    The requests are those of the `client` of the module.
+    Tells what became of the requests since, with a hundred after it, and records it. None may be wrong: each answer is
+    of all members, at weights that the ensemble has had meanwhile, unless the test allows others.
     """
 
-    def requests_since(then: Asked, what: str) -> Asked:
-        client.goes_on()
-        found = client.asked().since(then)
+    def requests_since(then: Asked, what: str, allowed: Collection[str], asking: Client | None = None) -> Asked:
+        asked = asking or client
+        asked.goes_on()
+        found = asked.asked().since(then)
         shown = ", ".join(f"{outcome} {count}" for outcome, count in found.outcomes.items())
-        record(f"{what}: {shown}; times the question: {dict(found.factors)}")
+        record(f"{what}: {shown}; times the question: {dict(found.factors)}; slowest so far {found.slowest_s:.1f} s")
         for error in found.errors if found.harms else ():
             record(f"    {error}")
         assert not found.outcomes["wrong"], found
+        assert set(found.factors) <= set(allowed), found
         return found
 
     return requests_since

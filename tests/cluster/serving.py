@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from charts.tiny import WIDTH, tiny_network
 
@@ -18,6 +19,8 @@ from tests.cluster.nodes import claim_of_files
 
 API = "ensemble-operator.io/v1alpha1"
 SETTLE_S = 180.0
+# The requests of a client that are under way at once.
+ASKERS = 4
 HARMS = ("unconnected", "lost", "failed", "wrong")
 
 
@@ -91,14 +94,17 @@ class Asked:
 
     outcomes: Mapping[str, int]
     factors: Mapping[str, int]
+    statuses: Mapping[str, int]
     last: tuple[str, ...]
+    calm_s: float
+    slowest_s: float
     errors: tuple[str, ...]
 
     def since(self, then: Asked) -> Asked:
-        """What came after `then`."""
+        """What came after `then`. `slowest_s` stays that of all."""
         outcomes = {name: count - then.outcomes[name] for name, count in self.outcomes.items()}
-        factors = {factor: count - then.factors.get(factor, 0) for factor, count in self.factors.items()}
-        return Asked(outcomes, {f: count for f, count in factors.items() if count}, self.last, self.errors)
+        factors, statuses = _more(self.factors, then.factors), _more(self.statuses, then.statuses)
+        return replace(self, outcomes=outcomes, factors=factors, statuses=statuses)
 
     @property
     def harms(self) -> dict[str, int]:
@@ -106,8 +112,8 @@ class Asked:
         return {name: self.outcomes[name] for name in HARMS if self.outcomes[name]}
 
 
-# Takes an earlier tally and what has happened since; tells what became of the requests since.
-Ended = Callable[[Asked, str], Asked]
+def _more(after: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
+    return {key: count - before.get(key, 0) for key, count in after.items() if count > before.get(key, 0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +128,8 @@ class Client:
         """All so far."""
         line = json.loads(self.cluster.kubectl("logs", self.name, "-n", self.namespace, "--tail=1"))
         outcomes = {name: line[name] for name in ("sent", "answered", *HARMS)}
-        return Asked(outcomes, line["factors"], tuple(line["last"]), tuple(line["errors"]))
+        last, errors = tuple(line["last"]), tuple(line["errors"])
+        return Asked(outcomes, line["factors"], line["statuses"], last, line["calm_s"], line["slowest_s"], errors)
 
     def hears(self, factor: str, timeout_s: float) -> None:
         """Wait until every asker's newest answer is this many times its question."""
@@ -138,13 +145,26 @@ class Client:
         return found if found.outcomes["answered"] >= answers else None
 
 
-def start_client(ensemble: Ensemble, node: str) -> Client:
-    """Ask the ensemble from a pod on this node, until the namespace is gone."""
-    cluster, namespace, name = ensemble.cluster, ensemble.namespace, "steady"
+class Ended(Protocol):
+    """Tells what became of a client's requests since an earlier tally; of the module's client if none is given.
+
+    `what` has happened since, and each answer must be one of the `allowed` factors.
+    """
+
+    def __call__(self, then: Asked, what: str, allowed: Collection[str], asking: Client | None = None) -> Asked: ...
+
+
+def start_client(ensemble: Ensemble, node: str, address: str = "", askers: int = ASKERS) -> Client:
+    """Ask the ensemble from a pod on this node, until the namespace is gone; so many requests are under way at once.
+
+    It asks the ensemble's Service, or one gateway by its address.
+    """
+    cluster, namespace = ensemble.cluster, ensemble.namespace
+    name = f"steady-{secrets.token_hex(3)}"
     program = (ROOT / "tests/cluster/steady.py").read_text()
     files = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"steady.py": program}}
     cluster.apply(files, namespace)
-    command = ("python", "/files/steady.py", ensemble.name, ensemble.name)
+    command = ("python", "/files/steady.py", address or ensemble.name, ensemble.name, str(askers))
     client = pod(name, cluster.image("gateway"), command, name)
     client["spec"]["nodeName"] = node
     cluster.apply(client, namespace)
@@ -152,6 +172,15 @@ def start_client(ensemble: Ensemble, node: str) -> Client:
     found = Client(cluster, namespace, name)
     until(lambda: cluster.kubectl("logs", name, "-n", namespace), 30, "its first line")
     return found
+
+
+@contextmanager
+def client_of(ensemble: Ensemble, node: str, address: str) -> Iterator[Client]:
+    """A client that asks one gateway by its address, one request at a time, and has heard answers; gone at the end."""
+    found = start_client(ensemble, node, address, 1)
+    found.goes_on()
+    yield found
+    ensemble.cluster.kubectl("delete", "pod", found.name, "-n", ensemble.namespace, "--wait=false", "--grace-period=0")
 
 
 def serve_models(cluster: Cluster, namespace: str, factors: Mapping[str, float], node: str = "") -> None:

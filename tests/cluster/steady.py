@@ -1,9 +1,11 @@
 """Runs in a pod: asks an ensemble without a pause and prints, twice a second, what became of all requests so far.
 
-`steady.py HOST NAME`. Each request has a connection of its own; one that cannot be made is tried once more. A line is
-{"sent", "answered", "unconnected", "lost", "failed", "wrong", "factors", "last", "errors"}: `unconnected` were never
-sent, `lost` were sent and had no answer, `failed` had another status than 200, `wrong` are no multiple of the question;
-`factors` counts the answers by how many times the question they are, `last` is the newest of each of the askers.
+`steady.py HOST NAME ASKERS`: so many ask at once. Each request has a connection of its own; one that cannot be made is
+tried once more. A line is {"sent", "answered", "unconnected", "lost", "failed", "wrong", "factors", "statuses", "last",
+"calm_s", "slowest_s", "errors"}: `unconnected` were never sent, `lost` were sent and had no answer, `failed` had a
+status other than 200, `wrong` are no multiple of the question; `factors` counts the answers by how many times the
+question they are, `statuses` the failures by their status; `last` is the newest answer of each of the askers, `calm_s`
+the time since the latest request without a right answer began, `slowest_s` the longest from a connection to its answer.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import threading
 import time
 from collections import Counter
 
-ASKERS = 4
 PAUSE_S = 0.05
 CONNECT_S = 2.0
 ANSWER_S = 20.0
@@ -30,14 +31,27 @@ class Tally:
         self._lock = threading.Lock()
         self._outcomes: Counter[str] = Counter()
         self._factors: Counter[str] = Counter()
+        self._statuses: Counter[int] = Counter()
         self._last: dict[int, str] = {}
+        self._harmed_at = time.monotonic()
+        self._slowest_s = 0.0
         self._errors: list[str] = []
 
-    def count(self, outcome: str, error: str = "") -> None:
+    def sent(self) -> None:
+        with self._lock:
+            self._outcomes["sent"] += 1
+
+    def harmed(self, outcome: str, began: float, error: str) -> None:
         with self._lock:
             self._outcomes[outcome] += 1
-            if error:
-                self._errors = [*self._errors[-9:], f"{time.strftime('%X')} {outcome}: {error}"]
+            self._harmed_at = max(self._harmed_at, began)
+            self._errors = [*self._errors[-9:], f"{time.strftime('%X')} {outcome}: {error}"]
+
+    def heard(self, status: int, took_s: float) -> None:
+        with self._lock:
+            self._slowest_s = max(self._slowest_s, took_s)
+            if status != 200:
+                self._statuses[status] += 1
 
     def answered(self, asker: int, factor: str) -> None:
         with self._lock:
@@ -49,9 +63,9 @@ class Tally:
         with self._lock:
             names = ("sent", "answered", "unconnected", "lost", "failed", "wrong")
             found: dict[str, object] = {name: self._outcomes[name] for name in names}
-            return json.dumps(
-                {**found, "factors": self._factors, "last": sorted(set(self._last.values())), "errors": self._errors}
-            )
+            found |= {"factors": self._factors, "statuses": self._statuses, "last": sorted(set(self._last.values()))}
+            found |= {"calm_s": time.monotonic() - self._harmed_at, "slowest_s": self._slowest_s}
+            return json.dumps({**found, "errors": self._errors})
 
 
 def connected(host: str) -> http.client.HTTPConnection:
@@ -72,26 +86,29 @@ def ask(host: str, name: str, asker: int, tally: Tally) -> None:
     question = [float(random.randint(1, 1000)) for _ in range(WIDTH)]
     tensor = {"name": "numbers", "datatype": "FP32", "shape": [1, WIDTH], "data": question}
     body = json.dumps({"inputs": [tensor]}).encode()
-    tally.count("sent")
+    began = time.monotonic()
+    tally.sent()
     try:
         connection = connected(host)
     except OSError as error:
-        return tally.count("unconnected", repr(error))
+        return tally.harmed("unconnected", began, repr(error))
+    sent = time.monotonic()
     try:
         connection.sock.settimeout(ANSWER_S)
         connection.request("POST", f"/v2/models/{name}/infer", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         content = response.read()
     except (OSError, http.client.HTTPException) as error:
-        return tally.count("lost", repr(error))
+        return tally.harmed("lost", began, repr(error))
     finally:
         connection.close()
+    tally.heard(response.status, time.monotonic() - sent)
     if response.status != 200:
-        return tally.count("failed", f"{response.status} {content[:300].decode(errors='replace')}")
+        return tally.harmed("failed", began, f"{response.status} {content[:300].decode(errors='replace')}")
     answer = json.loads(content)["outputs"][0]["data"]
     factor = f"{answer[0] / question[0]:.4f}"
     if len(answer) != WIDTH or any(f"{a / q:.4f}" != factor for a, q in zip(answer, question, strict=True)):
-        return tally.count("wrong", f"{question} -> {answer}")
+        return tally.harmed("wrong", began, f"{question} -> {answer}")
     return tally.answered(asker, factor)
 
 
@@ -101,9 +118,9 @@ def keep_asking(host: str, name: str, asker: int, tally: Tally) -> None:
         time.sleep(PAUSE_S)
 
 
-def main(host: str, name: str) -> None:
+def main(host: str, name: str, askers: str) -> None:
     tally = Tally()
-    for asker in range(ASKERS):
+    for asker in range(int(askers)):
         threading.Thread(target=keep_asking, args=(host, name, asker, tally), daemon=True).start()
     while True:
         print(tally.line(), flush=True)

@@ -1,7 +1,8 @@
 """Runs in a pod: what a process that knows these keys gets from a worker's data socket.
 
 `stranger.py HOST SERVER_PUBLIC [OWN_PUBLIC OWN_SECRET]`, with keys of its own making if none are given, and without any
-encryption if SERVER_PUBLIC is empty. Prints what the handshake came to: `admitted`, `refused` or `nothing`.
+encryption if SERVER_PUBLIC is empty. Prints what the handshake came to: `admitted`, `refused`, `nothing` that tells, or
+`unreachable` if nobody listens.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ REFUSED = {
 
 def outcome(monitor: zmq.Socket[bytes]) -> str:
     """The first event that tells."""
-    deadline = time.monotonic() + WAIT_S
+    deadline, connected = time.monotonic() + WAIT_S, False
     while monitor.poll(int(max(0.0, deadline - time.monotonic()) * 1000)):
         event = recv_monitor_message(monitor)["event"]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             return "admitted"
         if event in REFUSED:
             return "refused"
-    return "nothing"
+        connected = connected or event == zmq.EVENT_CONNECTED
+    return "nothing" if connected else "unreachable"
 
 
 def main(host: str, server: str, *own: str) -> None:

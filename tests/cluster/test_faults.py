@@ -4,20 +4,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.cluster.cluster import CHART, Cluster, until
+from tests.cluster.placing import cut_off, gateways, is_ready, operators
 from tests.cluster.serving import (
+    ASKERS,
     Client,
     Ended,
     Ensemble,
     claim_of_models,
+    client_of,
     factor_of,
     serve_models,
     spec_of,
@@ -31,12 +31,13 @@ URIS = {
     "eight": "http://models:8080/eight.onnx",
 }
 EQUAL = {"two": 1.0, "four": 1.0}
-# Shell commands that take the node $NODE off the network as if its power were gone, and bring it back.
-CUT, MEND = "ENSEMBLE_TEST_CUT", "ENSEMBLE_TEST_MEND"
+JUST_THE_ONE = {factor_of(FACTORS, EQUAL)}
 READY_S = 240.0
 REPLACED_S = 180.0
 # What is asked of it; the wait is longer to tell how long it took.
 SERVED_AGAIN_S = 60.0
+# From a node that is not Ready to a Service without its gateway, everywhere.
+UNPUBLISHED_S = 5.0
 REPLICATED = 4
 
 pytestmark = pytest.mark.timeout(600)
@@ -102,6 +103,13 @@ def replicated(ensemble: Ensemble) -> None:
     )
 
 
+def test_gateways_and_operators_are_spread_over_the_nodes(
+    cluster: Cluster, system: str, ensemble: Ensemble, nodes: tuple[str, str]
+) -> None:
+    for replicas in (gateways(ensemble), operators(cluster, system)):
+        assert sorted(replicas.nodes().values()) == sorted(nodes), replicas.nodes()
+
+
 @pytest.mark.parametrize(
     ("what", "weights"),
     [
@@ -119,7 +127,7 @@ def test_a_change_of_members_fails_no_request(
     ensemble.apply(spec_of(URIS, weights, devices))
     client.hears(after, 120)
     ensemble.settled(devices)
-    found = ended(then, what)
+    found = ended(then, what, {before, after})
     assert set(found.factors) == {before, after}
     assert not found.harms, found
 
@@ -130,8 +138,7 @@ def test_devices_up_and_down_fail_no_request(ensemble: Ensemble, client: Client,
         target = f"inferenceensemble/{ensemble.name}"
         ensemble.cluster.kubectl("scale", target, f"--replicas={count}", "-n", ensemble.namespace)
         has_workers(ensemble, count)
-    found = ended(then, "devices up and down")
-    assert set(found.factors) == {factor_of(FACTORS, EQUAL)}
+    found = ended(then, "devices up and down", JUST_THE_ONE)
     assert not found.harms, found
 
 
@@ -145,7 +152,7 @@ def test_a_worker_pod_deleted_beside_another_instance_fails_no_request(
     ensemble.cluster.kubectl("delete", "pod", victim, "-n", ensemble.namespace, "--wait=false")
     until(lambda: is_replaced(ensemble, victim, before), 120, "a new worker", ensemble.explanation)
     ensemble.settled(REPLICATED)
-    found = ended(then, "worker pod deleted")
+    found = ended(then, "worker pod deleted", JUST_THE_ONE)
     assert not found.harms, found
 
 
@@ -161,8 +168,25 @@ def test_a_roll_of_the_gateway_fails_no_request(ensemble: Ensemble, client: Clie
     ensemble.cluster.kubectl("rollout", "restart", deployment, "-n", ensemble.namespace)
     ensemble.cluster.kubectl("rollout", "status", deployment, "-n", ensemble.namespace, "--timeout=240s", timeout_s=250)
     until(lambda: not before & set(ensemble.pods("gateway")), 180, "the former gateways are gone")
-    found = ended(then, "gateway rolled")
+    found = ended(then, "gateway rolled", JUST_THE_ONE)
     assert not found.harms, found
+
+
+def test_a_gateway_pod_killed_loses_only_what_is_in_flight_there(
+    ensemble: Ensemble, client: Client, ended: Ended, nodes: tuple[str, str]
+) -> None:
+    replicas = gateways(ensemble)
+    replicas.spread(nodes)
+    victim, survivor = sorted(replicas.standing())
+    with client_of(ensemble, nodes[0], replicas.standing()[survivor]["status"]["podIP"]) as beside:
+        then, then_beside = client.asked(), beside.asked()
+        replicas.delete(victim, "--force", "--grace-period=0")
+        until(lambda: len(replicas.standing().keys() - {victim}) == 2, 120, "a new gateway", ensemble.explanation)
+        found = ended(then, "gateway pod killed", JUST_THE_ONE)
+        surviving = ended(then_beside, "gateway pod killed: asking the one that stayed", JUST_THE_ONE, beside)
+    assert not surviving.harms, surviving
+    assert set(found.harms) <= {"lost"}, found
+    assert found.outcomes["lost"] <= ASKERS, found
 
 
 def test_an_upgrade_of_the_operator_restarts_no_pod_and_fails_no_request(
@@ -175,7 +199,7 @@ def test_an_upgrade_of_the_operator_restarts_no_pod_and_fails_no_request(
     weights = {"two": 1.0, "four": 3.0}
     ensemble.apply(spec_of(URIS, weights, ensemble.asked_for()))
     client.hears(factor_of(FACTORS, weights), 120)
-    found = ended(then, "operator upgraded")
+    found = ended(then, "operator upgraded", {*JUST_THE_ONE, factor_of(FACTORS, weights)})
     assert {pod["metadata"]["uid"] for pod in ensemble.pods().values()} == before
     assert not found.harms, found
 
@@ -192,38 +216,22 @@ def test_a_drained_node_gives_no_wrong_answer_and_all_is_back(
         ensemble.settled(REPLICATED)
     finally:
         ensemble.cluster.kubectl("uncordon", node)
-    found = ended(then, "node drained")
+    found = ended(then, "node drained", JUST_THE_ONE)
     assert not found.harms, found
 
 
-@contextlib.contextmanager
-def cut_off(node: str) -> Iterator[None]:
-    """The node is gone meanwhile."""
-    commands = [os.environ.get(name) for name in (CUT, MEND)]
-    if None in commands:
-        pytest.skip(f"{CUT} and {MEND} must be shell commands that cut the node $NODE off and bring it back")
-    cut, mend = (str(command) for command in commands)
+@pytest.fixture
+def spread(ensemble: Ensemble, nodes: tuple[str, str], system: str) -> None:
+    """Gateways, operators and each member's instances are on both nodes, and the one that may go has the leader.
 
-    def shell(command: str) -> None:
-        subprocess.run(["bash", "-ec", command], env={**os.environ, "NODE": node}, check=True, timeout=60)
-
-    shell(cut)
-    try:
-        yield
-    finally:
-        shell(mend)
-
-
-def is_ready(cluster: Cluster, node: str) -> bool:
-    conditions = cluster.get("node", node)["status"]["conditions"]
-    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
-
-
-def test_a_node_that_is_cut_off_is_replaced(
-    ensemble: Ensemble, client: Client, ended: Ended, nodes: tuple[str, str], record: Callable[[str], None]
-) -> None:
-    cluster, node = ensemble.cluster, nodes[1]
-    # A drain has left all on the other node: those that come anew are spread.
+    A drain has left all on the other: only pods that are made anew are spread.
+    """
+    gateways(ensemble).spread(nodes)
+    acting = operators(ensemble.cluster, system)
+    acting.spread(nodes)
+    acting.lead_from(nodes[1])
+    acting.spread(nodes)
+    assert acting.nodes()[acting.leader()] == nodes[1]
     ensemble.apply(spec_of(URIS, EQUAL, 2))
     has_workers(ensemble, 2)
     replicated(ensemble)
@@ -231,26 +239,49 @@ def test_a_node_that_is_cut_off_is_replaced(
     assert set(where.values()) == set(nodes)
     staying = {name for name, there in where.items() if there == nodes[0]}
     assert all(held & staying for held in ensemble.instances().values()), ensemble.instances()
-    then = client.asked()
-    with cut_off(node):
-        until(lambda: not is_ready(cluster, node), 120, f"{node} is not Ready")
-        began = time.monotonic()
 
-        def all_elsewhere() -> bool:
-            workers = ensemble.pods("worker").values()
-            return len(workers) == REPLICATED and all(
-                pod["spec"].get("nodeName") == nodes[0] and "deletionTimestamp" not in pod["metadata"]
-                for pod in workers
-            )
 
-        until(all_elsewhere, REPLACED_S, "all workers on the other node", ensemble.explanation)
-        ensemble.settled(REPLICATED, REPLACED_S)
-        served_again_s = time.monotonic() - began
-        record(f"served by new workers {served_again_s:.1f} s after the node was NotReady")
-        after = client.goes_on(300)
-        assert not after.harms, after
-        found = ended(then, "node cut off")
-    until(lambda: is_ready(cluster, node), 120, f"{node} is Ready again")
+def all_workers_on(ensemble: Ensemble, node: str) -> bool:
+    """Whether it has all its workers there, and none elsewhere or ending."""
+    workers = ensemble.pods("worker").values()
+    return len(workers) == REPLICATED and all(
+        pod["spec"].get("nodeName") == node and "deletionTimestamp" not in pod["metadata"] for pod in workers
+    )
+
+
+@pytest.mark.usefixtures("spread")
+def test_a_node_that_is_cut_off_is_replaced(
+    ensemble: Ensemble, client: Client, ended: Ended, nodes: tuple[str, str], record: Callable[[str], None], system: str
+) -> None:
+    cluster, (staying, going) = ensemble.cluster, nodes
+    replicas, acting = gateways(ensemble), operators(cluster, system)
+    [address] = [pod["status"]["podIP"] for pod in replicas.standing().values() if pod["spec"]["nodeName"] == staying]
+    assert acting.nodes()[acting.leader()] == going
+    with client_of(ensemble, staying, address) as beside:
+        then, then_beside = client.asked(), beside.asked()
+        with cut_off(going):
+            cut_at = time.monotonic()
+            until(lambda: not is_ready(cluster, going), 120, f"{going} is not Ready")
+            began = time.monotonic()
+            until(lambda: acting.nodes().get(acting.leader()) == staying, 120, "another leader")
+            led_again_s = time.monotonic() - began
+            until(lambda: all_workers_on(ensemble, staying), REPLACED_S, "all workers elsewhere", ensemble.explanation)
+            replaced_s = time.monotonic() - began
+            ensemble.settled(REPLICATED, REPLACED_S)
+            served_again_s = time.monotonic() - began
+            client.goes_on(300)
+            found = ended(then, "node cut off", JUST_THE_ONE)
+            last_harm_s = time.monotonic() - began - found.calm_s
+            surviving = ended(then_beside, "node cut off: asking the gateway that stayed", JUST_THE_ONE, beside)
+        record(
+            f"the node was NotReady {began - cut_at:.1f} s after the cut; s after that: another operator led"
+            f" {led_again_s:.1f}, workers were placed {replaced_s:.1f}, served by new workers {served_again_s:.1f},"
+            f" the last request without an answer began {last_harm_s:.1f}"
+        )
+        until(lambda: is_ready(cluster, going), 120, f"{going} is Ready again")
+    assert not surviving.harms, surviving
     # Until the cluster knows that the node is gone, its gateway is still an address of the Service.
     assert set(found.harms) <= {"unconnected", "lost"}, found
+    assert found.outcomes["lost"] <= ASKERS, found
+    assert last_harm_s < UNPUBLISHED_S
     assert served_again_s < SERVED_AGAIN_S

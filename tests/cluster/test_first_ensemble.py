@@ -186,6 +186,25 @@ def test_a_deleted_worker_returns(cluster: Cluster, namespace: str, ensemble: En
     wait_ready(ensemble)
 
 
+def test_the_services_show_metrics(cluster: Cluster, system: str, namespace: str, ready: float) -> None:
+    def page(namespace: str, service: str) -> str:
+        return cluster.kubectl("get", "--raw", f"/api/v1/namespaces/{namespace}/services/{service}/proxy/metrics")
+
+    [service] = cluster.get("services", "-n", system, "-l", "app.kubernetes.io/component=metrics")["items"]
+    name = service["metadata"]["name"]
+    assert name.endswith("-metrics")
+
+    # Either of two operators answers: the one that leads knows of the ensemble.
+    def leaders() -> str | None:
+        found = page(system, f"{name}:metrics")
+        return found if re.search(r"^ensemble_operator_leader 1(\.0)?$", found, re.MULTILINE) else None
+
+    assert re.search(
+        r'^ensemble_operator_ensembles\{phase="Ready"\} 1(\.0)?$', until(leaders, 30, "a leader's page"), re.M
+    )
+    assert re.search(rf'^nv_inference_count\{{model="{NAME}"', page(namespace, f"{NAME}:8000"), re.M)
+
+
 def test_helm_test_serves_an_ensemble_of_its_own(cluster: Cluster, system: str) -> None:
     said = cluster.helm("test", "ensembles", "--namespace", system, "--timeout", "150s", timeout_s=170)
     assert "Succeeded" in said

@@ -1,12 +1,24 @@
-"""Each image runs in a restricted pod, as its user, and holds its own packages and no others'."""
+"""Each image runs in a restricted pod, as its user, is small, and holds its own packages and no others'.
+
+ENSEMBLE_TEST_ARCHIVES names the folder of the images' archives.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from tests.cluster.archives import Size, above_the_base
 from tests.cluster.cluster import Cluster
+
+ARCHIVES = "ENSEMBLE_TEST_ARCHIVES"
+MB = 10**6
+# The most that an image may have above its base.
+LIMITS = {target: Size(150 * MB, 300 * MB) for target in ("operator", "gateway")}
 
 # Packages that tell the images apart: what each must have, the others must not.
 OWN = {
@@ -61,3 +73,15 @@ def test_the_process_of_an_image_starts(
     cluster: Cluster, namespace: str, target: str, command: tuple[str, ...], said: str
 ) -> None:
     assert said in cluster.run_pod(namespace, target, "python", "-m", *command)
+
+
+def test_an_image_is_small(record: Callable[[str], None]) -> None:
+    if ARCHIVES not in os.environ:
+        pytest.skip(f"{ARCHIVES} must name the folder of operator.tar and gateway.tar")
+    sizes = above_the_base({target: Path(os.environ[ARCHIVES], f"{target}.tar") for target in LIMITS})
+    for target, size in sizes.items():
+        packed, unpacked = size.packed_bytes / MB, size.unpacked_bytes / MB
+        record(f"image {target}: {packed:.0f} MB compressed, {unpacked:.0f} MB unpacked above the base")
+    for target, limit in LIMITS.items():
+        assert sizes[target].packed_bytes < limit.packed_bytes, sizes
+        assert sizes[target].unpacked_bytes < limit.unpacked_bytes, sizes

@@ -11,18 +11,32 @@ from tests.cluster.cluster import ROOT, Cluster
 from tests.cluster.serving import Ensemble, serve_models, spec_of
 
 URIS = {"two": "http://models:8080/two.onnx"}
+# A token, then requests as METHOD and URL. What is sent with a PUT is no plan.
 STATUS = """
 import sys, urllib.error, urllib.request
-for url in sys.argv[2:]:
-    request = urllib.request.Request(url)
-    if sys.argv[1]:
-        request.add_header("Authorization", f"Bearer {sys.argv[1]}")
+token, *asked = sys.argv[1:]
+for method, url in zip(asked[::2], asked[1::2]):
+    request = urllib.request.Request(url, b"{}" if method == "PUT" else None, method=method)
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
     try:
         print(urllib.request.urlopen(request, timeout=5).status)
     except urllib.error.HTTPError as error:
         print(error.code)
 """
-PATHS = {"worker": ("plan", "device", "profile"), "gateway": ("plan", "state")}
+# What each admin API answers to whom it trusts.
+TRUSTED = {
+    "worker": {
+        ("GET", "/v1/plan"): 200,
+        ("PUT", "/v1/plan"): 400,
+        ("GET", "/v1/device"): 200,
+        ("GET", "/v1/profile"): 200,
+        ("PUT", "/v1/profile"): 400,
+        ("DELETE", "/v1/profile"): 200,
+        ("GET", "/metrics"): 200,
+    },
+    "gateway": {("GET", "/v1/plan"): 200, ("PUT", "/v1/plan"): 400, ("GET", "/v1/state"): 200},
+}
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -61,22 +75,23 @@ def test_a_worker_talks_only_to_the_gateways_key(ensemble: Ensemble) -> None:
     assert handshake(ensemble, worker["own.public"]) == "refused"
     # The workers' own keys are no gateway's.
     assert handshake(ensemble, worker["own.public"], worker["own.public"], worker["own.secret"]) == "refused"
-    assert handshake(ensemble, "") != "admitted"
+    assert handshake(ensemble, "") == "refused"
 
 
-@pytest.mark.parametrize("component", PATHS)
+@pytest.mark.parametrize("component", TRUSTED)
 def test_the_admin_api_wants_the_token(ensemble: Ensemble, component: str) -> None:
     address = next(iter(ensemble.pods(component).values()))["status"]["podIP"]
-    urls = [f"http://{address}:8081/v1/{path}" for path in PATHS[component]]
+    asked = [word for method, path in TRUSTED[component] for word in (method, f"http://{address}:8081{path}")]
 
-    def statuses(token: str) -> set[str]:
-        printed = ensemble.cluster.run_pod(ensemble.namespace, "gateway", "python", "-c", STATUS, token, *urls)
-        return set(printed.split())
+    def statuses(token: str) -> list[int]:
+        printed = ensemble.cluster.run_pod(ensemble.namespace, "gateway", "python", "-c", STATUS, token, *asked)
+        return [int(word) for word in printed.split()]
 
     token = secret(ensemble, component)["admin.token"]
-    assert statuses("") == {"401"}
-    assert statuses(token[:-1]) == {"401"}
-    assert statuses(token) == {"200"}
+    refused = [401] * len(TRUSTED[component])
+    assert statuses("") == refused
+    assert statuses(token[:-1]) == refused
+    assert statuses(token) == list(TRUSTED[component].values())
 
 
 def test_no_pod_of_it_may_ask_the_cluster(ensemble: Ensemble) -> None:

@@ -18,6 +18,7 @@ FACTORS = {"two": 2.0, "four": 4.0}
 URIS = {name: f"http://models:8080/{name}.onnx" for name in FACTORS}
 EQUAL = {"two": 1.0, "four": 1.0}
 UNEQUAL = {"two": 1.0, "four": 3.0}
+BOTH = {factor_of(FACTORS, EQUAL), factor_of(FACTORS, UNEQUAL)}
 DEVICES = 2
 READY_S = 240.0
 ROLLED_S = 240.0
@@ -90,7 +91,7 @@ def test_an_upgrade_restarts_nothing_and_fails_no_request(
     assert {image for image, _ in before.values()} == {cluster.image("worker"), cluster.image("gateway")}
     upgrade(cluster, newer, system)
     follows(ensemble, client, UNEQUAL)
-    found = ended(then, "operator upgraded to another tag")
+    found = ended(then, "operator upgraded to another tag", BOTH)
     assert images_and_uids(ensemble) == before
     assert not found.harms, found
 
@@ -99,6 +100,7 @@ def test_the_annotation_rolls_to_the_newer_images_and_fails_no_request(
     cluster: Cluster, newer: Cluster, system: str, ensemble: Ensemble, client: Client, ended: Ended
 ) -> None:
     upgrade(cluster, newer, system)
+    follows(ensemble, client, UNEQUAL)
     then, before = client.asked(), images_and_uids(ensemble)
     target = f"inferenceensemble/{ensemble.name}"
     wish = f"ensemble-operator.io/upgrade={newer.tag}"
@@ -112,7 +114,7 @@ def test_the_annotation_rolls_to_the_newer_images_and_fails_no_request(
 
     until(rolled, ROLLED_S, "all pods of the newer images", ensemble.explanation)
     ensemble.settled(DEVICES)
-    found = ended(then, "workers and gateways rolled to another tag")
+    found = ended(then, "workers and gateways rolled to another tag", {factor_of(FACTORS, UNEQUAL)})
     assert not found.harms, found
 
 
@@ -124,6 +126,6 @@ def test_a_rollback_goes_back_and_fails_no_request(
     cluster.helm("rollback", "ensembles", "1", "--namespace", system, "--wait", "--timeout", "120s")
     until(lambda: operators_image(cluster, system) == {cluster.image("operator")}, 30, "the former operators")
     follows(ensemble, client, EQUAL)
-    found = ended(then, "operator rolled back")
+    found = ended(then, "operator rolled back", BOTH)
     assert images_and_uids(ensemble) == before
     assert not found.harms, found
