@@ -162,25 +162,28 @@ async def test_an_object_of_somebody_else_is_left_alone(
         assert await world.kube.get(kind, namespace, name) == before
 
 
+@pytest.mark.parametrize("beside", [("other",), ()], ids=["two members", "one member"])
 async def test_a_version_rolled_back_and_one_that_is_broken_leave_the_former(
-    control_plane: ControlPlane, namespace: str, files: dict[str, Path], tmp_path: Path
+    control_plane: ControlPlane, namespace: str, files: dict[str, Path], tmp_path: Path, beside: tuple[str, ...]
 ) -> None:
     """Versions that are planned alike share a matrix: whose it is, each return decides."""
     async with operating(control_plane, namespace) as world:
-        other = member("other", files["a"])
+        others = [member(name, files["a"]) for name in beside]
         for name in "aba":
-            await world.apply(resource("tiny", [member("m", files[name]), other], devices=ONE))
+            await world.apply(resource("tiny", [member("m", files[name]), *others], devices=ONE))
             await world.until_ready("tiny")
             assert (await world.plan("tiny"))["sources"][0]["uri"] == files[name].as_uri()
         broken = tmp_path / "broken.pt2"
         broken.write_bytes(b"this is no model")
-        await world.apply(resource("tiny", [member("m", broken), other], devices=ONE))
+        await world.apply(resource("tiny", [member("m", broken), *others], devices=ONE))
         status = await world.until(
             "tiny", lambda s: said(s, "Degraded")["status"] == "True" and said(s, "RolloutBlocked")["reason"] == "Done"
         )
         assert "member m: " in said(status, "Degraded")["message"]
         assert "its former version goes on" in said(status, "Degraded")["message"]
-        assert [source["uri"] for source in (await world.plan("tiny"))["sources"]] == [files["a"].as_uri()] * 2
+        assert [source["uri"] for source in (await world.plan("tiny"))["sources"]] == [
+            files["a"].as_uri() for _ in ("m", *beside)
+        ]
         assert "outputs" in await world.ask("tiny", [[0.5] * 64])
 
 

@@ -11,7 +11,7 @@ from ensemble_operator.control.book import Book
 from ensemble_operator.control.colocation import assign_sharing, is_sharing, learn_sharing, rows_to_share
 from ensemble_operator.control.observe import Observer, WorkerView
 from ensemble_operator.control.onepass import Pass
-from ensemble_operator.control.planning import tensors_of, wanted_sources
+from ensemble_operator.control.planning import members_to_serve, tensors_of, wanted_sources
 from ensemble_operator.control.profiling import (
     Measurer,
     Needs,
@@ -131,7 +131,7 @@ class Measuring:
         if causes:
             message += f"; {causes}"
         one.found.say(c.PROFILED, holds=True, reason="Profiled", message=message)
-        return able > 0
+        return able > 0 or bool(members_to_serve(one.spec, failed, one.look.mirror.plan).kept)
 
     async def _end_obsolete(
         self, one: Pass, measurers: Sequence[Measurer], workers: Mapping[str, WorkerView], *, urgent: bool
