@@ -130,6 +130,7 @@ BAD = {
     "run of rows without ranges": (run(1, []), "RUN of 1 rows"),
     "run of an empty range": (run(1, [(0, 1), (5, 0)]), "a range is empty"),
     "run beyond 32 bits": (run(2, [(0xFFFF_FFFF, 2)]), "ends beyond 32 bits"),
+    "run that ends just beyond 32 bits": (run(1, [(0xFFFF_FFFF, 1)]), "ends beyond 32 bits"),
     "run that does not add up": (run(4, [(0, 2), (9, 3)]), "do not add up"),
     "run of too many rows": (run((1 << 24) + 1, [(0, (1 << 24) + 1)]), "do not add up"),
     "run to an uneven place": (run(1, [(0, 1)], at=8), "not a multiple of 64"),

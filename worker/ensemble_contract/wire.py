@@ -327,11 +327,6 @@ def _empty(head: bytes | memoryview, form: type[Ping] | type[Bye]) -> Ping | Bye
 
 def _ranges(head: bytes | memoryview, offset: int, count: int) -> RowRanges:
     """`count` pairs of start and length; every range has rows and lies inside 32 bits."""
-    if count == 1:
-        start, rows = _PAIR.unpack_from(head, offset)
-        if not rows or start + rows > MAX_SLOTS + 1:
-            raise ProtocolError("a range is empty or ends beyond 32 bits")
-        return RowRanges(array(_U32, (start,)), array(_U32, (rows,)), rows)
     numbers = array(_U32)
     numbers.frombytes(head[offset : offset + 8 * count])
     if sys.byteorder == "big":
