@@ -9,6 +9,7 @@ import psutil
 import pytest
 from benchmarks import control_plane as benchmark
 
+from ensemble_operator.control.measure import IDLE_PERIOD_S
 from tests.support.control_plane import ControlPlane
 
 
@@ -21,8 +22,19 @@ def test_a_few_ensembles_become_ready_and_rest(
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     file = tmp_path / "figures.json"
     size = ["--ensembles", "3", "--nodes", "2", "--gpus", "3", "--within", "180"]
+    # Quiet for longer than the operator lets pass between two looks at what is measured in the background.
     done = benchmark.main(
-        [*size, "--quiet", "6", "--idle", "4", "--folder", str(tmp_path / "logs"), "--json", str(file)]
+        [
+            *size,
+            "--quiet",
+            str(IDLE_PERIOD_S + 2),
+            "--idle",
+            "4",
+            "--folder",
+            str(tmp_path / "logs"),
+            "--json",
+            str(file),
+        ]
     )
     assert done == 0
     found = json.loads(file.read_text())
