@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ensemble_operator.api import (
@@ -136,6 +136,7 @@ SNIPPETS = [
 
 @settings(max_examples=400, deadline=2000)
 @given(st.integers(0, len(TEXT)), st.integers(0, 30), st.text(max_size=12) | st.sampled_from(SNIPPETS))
+@example(TEXT.index("uri: ") + len("uri: "), len(TEXT), "!!int")
 def test_no_text_raises_anything_but_invalid_spec(start: int, removed: int, inserted: str) -> None:
     text = TEXT[:start] + inserted + TEXT[start + removed :]
     result = outcome(lambda: parse_yaml(text, source="x.yaml"))

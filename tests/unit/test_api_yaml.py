@@ -48,6 +48,9 @@ def test_markers_and_comments_around_the_document_are_no_documents() -> None:
                 "'tag:yaml.org,2002:python/object:os.system'"
             ),
         ),
+        ("a: 1\nb: !!int", "f: line 2, column 4: not YAML: '' is no int"),
+        ("a: !!bool maybe", "f: line 1, column 4: not YAML: 'maybe' is no bool"),
+        ("a: !!int x", "f: line 1, column 4: not YAML: 'x' is no int"),
         ("a: *b", "f: line 1, column 4: not YAML: found undefined alias 'b'"),
         ("[" * 5000, "f: not YAML: too deep"),
         ("x" * 1_500_001, "f: must have at most 1500000 characters, got 1500001"),

@@ -184,14 +184,15 @@ def test_without_matplotlib_the_extra_is_named(
         (cluster(more={"profiles": 3}), (), 3, "profiles: expected a list"),
         ("just a text", (), 3, "c.yaml"),
         ("a: [", (), 3, "line 1, column"),
+        ("devices: !!int", (), 3, "c.yaml: line 1, column 10: not YAML: '' is no int"),
         ("{}", (), 3, "c.yaml"),
         (cluster(), ("--inventory", "/does/not/exist"), 3, "/does/not/exist: cannot be read: No such file"),
         (cluster(), ("--plot", "/no/such/folder/x.png"), 1, "there is no folder /no/such/folder"),
         (cluster(), ("--plot", "x.gif"), 1, "must end in .png"),
     ],
     ids=[
-        "memory", "no devices", "size", "field", "twice", "series", "nan", "type", "text", "yaml", "empty", "inventory",
-        "folder", "suffix",
+        "memory", "no devices", "size", "field", "twice", "series", "nan", "type", "text", "yaml", "tag", "empty",
+        "inventory", "folder", "suffix",
     ],
 )  # fmt: skip
 def test_refusals(

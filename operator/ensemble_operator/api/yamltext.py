@@ -14,7 +14,7 @@ from ensemble_operator.errors import InvalidSpec, Problem
 
 MAX_CHARACTERS = 1_500_000
 """What the API server stores at most: a larger file could never be applied."""
-
+MAX_SHOWN = 40
 
 _TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
 _PLAIN_SCALARS = (
@@ -36,7 +36,25 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
     return found
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, whose errors all have a place."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node.
+
+        Raises ConstructorError for a scalar that its tag contradicts, for which PyYAML raises what it happens to meet:
+        KeyError for `!!bool maybe`, ValueError for `!!int x`, IndexError for an empty `!!int`.
+        """
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            problem = f"{node.value[:MAX_SHOWN]!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
+class _Loader(Loader):
     """YAML as Kubernetes reads it: JSON's types, no numbers to base 60, 1e3 a number, no key twice in a mapping."""
 
     yaml_constructors: ClassVar[dict[str | None, Any]] = {
@@ -76,8 +94,7 @@ def parse_yaml(text: str, *, source: str) -> InferenceEnsemble:
     except yaml.reader.ReaderError as error:
         where = f"line {text.count(chr(10), 0, error.position) + 1}"
         raise InvalidSpec([Problem(where, f"not YAML: {error.reason}")], source) from error
-    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
-        # A tag that its scalar contradicts (`!!bool maybe`) is a KeyError or a ValueError of PyYAML.
+    except (yaml.YAMLError, RecursionError) as error:
         detail = "too deep" if isinstance(error, RecursionError) else str(error)
         raise InvalidSpec([Problem("", f"not YAML: {detail}")], source) from error
     if not documents:
