@@ -1,6 +1,7 @@
 """`ensemble plan` with described clusters: the question put together from files, the answer as table, text and plot."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from rich.console import Console
 
 from ensemble_operator import cli
+from ensemble_operator.allocation import planner
 from ensemble_operator.allocation.described import described
 from ensemble_operator.allocation.errors import InvalidProblem
 from ensemble_operator.allocation.options import PlanOptions
@@ -145,6 +147,20 @@ def test_an_ensemble_for_devices_and_with_profiles_of_elsewhere(
     assert any(line.startswith("exact:") for line in found["explanation"]["tried"])
     assert run(file, "--inventory", inventory, "--profiles", profiles, "-o", "json", "--strategy", "greedy") == 0
     assert "exact:" not in capsys.readouterr().out
+
+
+def test_what_the_solver_prints_is_no_part_of_a_document(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talkative(*args: Any, **kwargs: Any) -> Any:
+        os.write(1, b"a line of the solver\n")
+        return plan(*args, **kwargs)
+
+    monkeypatch.setattr(planner, "plan", talkative)
+    assert run(written(tmp_path / "c.yaml", cluster()), "-o", "json") == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out)["plans"]
+    assert "a line of the solver" in said.err
 
 
 def test_the_fewest_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

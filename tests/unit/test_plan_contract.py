@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensemble_contract.errors import InvalidPlan
+from ensemble_contract.errors import InvalidPlan, PlanTooLarge
 from ensemble_contract.plan import (
     MAX_PLAN_BYTES,
     EnsemblePlan,
@@ -250,7 +250,7 @@ def test_texts_that_are_no_plan(form: Any, text: bytes) -> None:
 def test_a_plan_that_no_configmap_could_hold() -> None:
     members = tuple(ServedMember("m" * 20_000 + str(i), "d") for i in range(64))
     large = msgspec.structs.replace(GATEWAY, members=members, rule="mean")
-    with pytest.raises(InvalidPlan, match=r"the plan has \d+ bytes, over the limit of 900000"):
+    with pytest.raises(PlanTooLarge, match=r"the plan has \d+ bytes, over the limit of 900000"):
         encode_plan(large)
     with pytest.raises(InvalidPlan, match="the plan has 900001 bytes"):
         decode_plan(b" " * (MAX_PLAN_BYTES + 1), GatewayPlan)

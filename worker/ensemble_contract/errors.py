@@ -13,3 +13,7 @@ class ProtocolError(ContractError):
 
 class InvalidPlan(ContractError):
     """A plan cannot be decoded or contradicts itself; the message names the field."""
+
+
+class PlanTooLarge(InvalidPlan):
+    """A plan, or what is kept beside it, is larger than a ConfigMap can hold."""

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from ensemble_contract.errors import InvalidPlan
+from ensemble_contract.errors import InvalidPlan, PlanTooLarge
 from ensemble_contract.tensors import FLOATING, TensorSpec
 from ensemble_contract.wire import MAX_BATCH_ROWS
 
@@ -282,11 +282,11 @@ PlanT = TypeVar("PlanT", WorkerPlan, GatewayPlan, EnsemblePlan)
 def encode_plan(plan: WorkerPlan | GatewayPlan | EnsemblePlan) -> bytes:
     """The JSON of a plan.
 
-    Raises InvalidPlan if it is over 900 kB, which a ConfigMap could not hold.
+    Raises PlanTooLarge if it is over 900 kB, which a ConfigMap could not hold.
     """
     text = msgspec.json.encode(plan)
     if len(text) > MAX_PLAN_BYTES:
-        raise InvalidPlan(f"the plan has {len(text)} bytes, over the limit of {MAX_PLAN_BYTES}")
+        raise PlanTooLarge(f"the plan has {len(text)} bytes, over the limit of {MAX_PLAN_BYTES}")
     return text
 
 

@@ -241,11 +241,12 @@ class Executor(threading.Thread):
             return
         finally:
             first.began_ns = 0
-        work.peer.answer(work.run, outputs, compute_ns, began_ns - work.received_ns)
+        # Before the answer: who has read it finds it counted.
         for running, lap_ns in zip(instances, compute_ns, strict=True):
             running.batches += 1
             running.rows += work.run.rows
             running.compute_ns += lap_ns
+        work.peer.answer(work.run, outputs, compute_ns, began_ns - work.received_ns)
 
 
 def _nothing() -> None:

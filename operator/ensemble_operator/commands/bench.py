@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     from ensemble_operator.load import report as bench_report
     from ensemble_operator.serve.live import Screen
 
-    found = asyncio.run(_until_signalled(args))
+    with documents.standard_output_kept(args.output):
+        found = asyncio.run(_until_signalled(args))
     if args.output == "table":
         Screen().result(bench_report.headline(found), bench_report.bench_table(found), *bench_report.remarks(found))
     else:

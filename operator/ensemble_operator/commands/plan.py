@@ -57,13 +57,15 @@ def run(args: argparse.Namespace) -> int:
     """Plan and show."""
     import asyncio
 
+    from ensemble_operator.documents import standard_output_kept
     from ensemble_operator.planning import matrix_plot
     from ensemble_operator.serve.live import Screen
 
     if args.plot:
         matrix_plot.check_plot(args.plot)
     screen = Screen()
-    asked, found = asyncio.run(_planned(args, screen))
+    with standard_output_kept(args.output):
+        asked, found = asyncio.run(_planned(args, screen))
     if args.output == "table":
         _show(screen, asked, found, explain=args.explain)
     else:

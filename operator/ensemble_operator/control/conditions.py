@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ensemble_contract.errors import InvalidPlan
+from ensemble_contract.errors import PlanTooLarge
 from ensemble_operator.control import errors
 from ensemble_operator.control.planner import PlannerFailed
 from ensemble_operator.errors import EnsembleError, InvalidSpec
@@ -62,7 +62,7 @@ TABLE: Mapping[type[Exception], Treatment] = {
     errors.Refused: Treatment(DEGRADED, errors.Refused.reason, 30.0),
     errors.Invalid: Treatment(DEGRADED, errors.Invalid.reason, 60.0),
     errors.NamespaceTerminating: Treatment(DEGRADED, errors.NamespaceTerminating.reason, 60.0),
-    InvalidPlan: Treatment(PLANNED, "PlanTooLarge", None),
+    PlanTooLarge: Treatment(PLANNED, "PlanTooLarge", None),
     PlannerFailed: Treatment(PLANNED, "PlannerFailed", 30.0),
 }
 

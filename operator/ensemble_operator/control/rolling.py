@@ -52,7 +52,7 @@ class Rolling:
     async def go_on(self, one: Pass) -> None:
         """Take the next step, or see to it that everybody has the present plan.
 
-        Raises InvalidPlan if the plan is too large, InvalidSpec if the tensors are unknown, and a ClusterError.
+        Raises PlanTooLarge if the plan is, InvalidSpec if the tensors are unknown, and a ClusterError.
         """
         assert one.members is not None  # noqa: S101  planned
         assert one.target is not None  # noqa: S101
@@ -89,7 +89,7 @@ class Rolling:
     async def keep(self, one: Pass) -> None:
         """See to it that everybody has the plan that was written last.
 
-        Raises InvalidPlan if it is too large together with the target, and a ClusterError.
+        Raises PlanTooLarge if it is, together with the target, and a ClusterError.
         """
         plan = one.look.mirror.plan
         if plan is None:

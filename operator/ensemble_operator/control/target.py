@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from ensemble_contract.errors import InvalidPlan
+from ensemble_contract.errors import InvalidPlan, PlanTooLarge
 from ensemble_contract.plan import EnsemblePlan, decode_plan, encode_plan
 from ensemble_contract.pod import PLAN_FILE
 
@@ -87,13 +87,13 @@ def read_mirror(config_map: Mapping[str, Any] | None) -> Mirror:
 def write_mirror(plan: EnsemblePlan, target: Target | None) -> tuple[dict[str, str], dict[str, str]]:
     """The ConfigMap's data and annotations.
 
-    Raises InvalidPlan if they are too large for one.
+    Raises PlanTooLarge if they are too large for one.
     """
     data = {PLAN_FILE: encode_plan(plan).decode()}
     if target is not None:
         text = msgspec.json.encode(target).decode()
         if len(text) > MAX_TARGET_BYTES:
-            raise InvalidPlan(f"the matrix has {len(text)} bytes as JSON, over the limit of {MAX_TARGET_BYTES}")
+            raise PlanTooLarge(f"the matrix has {len(text)} bytes as JSON, over the limit of {MAX_TARGET_BYTES}")
         data[TARGET_FILE] = text
     return data, {HASH_ANNOTATION: _hash(data)}
 

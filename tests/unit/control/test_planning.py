@@ -7,6 +7,7 @@ import asyncio
 import msgspec
 import pytest
 
+from ensemble_contract.errors import PlanTooLarge
 from ensemble_contract.plan import EnsemblePlan
 from ensemble_operator.allocation.errors import InvalidProblem
 from ensemble_operator.control.book import Book
@@ -211,6 +212,14 @@ def test_a_thousand_devices_fit_into_the_mirror() -> None:
     goal = goal_of(TWO, members, tensors_of(TWO, members.sources, Book()), target, addresses, 0)
     data, _ = write_mirror(goal, target)
     assert sum(map(len, data.values())) < 1 << 20
+
+
+def test_a_matrix_that_no_config_map_holds_is_too_large() -> None:
+    _, asked = everything()
+    target = target_of(asked, answer(*CELLS), DEVICES, None)
+    vast = msgspec.structs.replace(target, rows={f"imagenet-worker-{n}": ((0, 1),) for n in range(10_000)})
+    with pytest.raises(PlanTooLarge, match=r"the matrix has \d+ bytes as JSON, over the limit of 120000"):
+        write_mirror(a_plan(target), vast)
 
 
 def test_settled_means_every_gateway_that_may_have_clients() -> None:

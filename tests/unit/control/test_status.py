@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ensemble_contract.errors import InvalidPlan
+from ensemble_contract.errors import InvalidPlan, PlanTooLarge
 from ensemble_operator.api.schema import Findings, Place
 from ensemble_operator.api.status import MAX_ROWS, STATUS
 from ensemble_operator.control import conditions as c
@@ -140,6 +140,7 @@ def test_every_error_that_is_an_ensembles_business_has_a_condition() -> None:
     assert "patch statefulsets" in conditions.said[c.DEGRADED].message
     invalid = InvalidSpec([Problem("spec.x", "is wrong")])
     assert (treatment_of(invalid) or treatment).condition == c.ACCEPTED
-    assert (treatment_of(InvalidPlan("too large")) or treatment).condition == c.PLANNED
+    assert (treatment_of(PlanTooLarge("too large")) or treatment).condition == c.PLANNED
+    assert treatment_of(InvalidPlan("of our own making")) is None
     for passing in (errors.Unavailable("away"), errors.Conflict("changed"), errors.LeadershipLost("lost")):
         assert treatment_of(passing) is None
