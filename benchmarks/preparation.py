@@ -132,6 +132,7 @@ def _write(workload: Workload, rows: Array, answers: Array) -> Workload:
             "input": msgspec.to_builtins(workload.input),
             "output": msgspec.to_builtins(workload.output),
             "combine": {"rule": "mean"},
+            "batching": {"sizes": list(workload.batch_sizes)},
         },
     }
     workload.resource.write_text(yaml.safe_dump(resource, sort_keys=False))

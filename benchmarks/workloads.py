@@ -21,11 +21,11 @@ ATOL = 1e-5
 CACHE = Path("build/bench")
 NAMES = ("tiny", "cnn", "imagenet")
 # Written to each folder; a folder of another version is made again.
-VERSION = 1
+VERSION = 2
 
 
 class Workload(msgspec.Struct, frozen=True):
-    """An ensemble on disk, averaged over its members' softmax. `batch_sizes` are those the raw bound tries."""
+    """An ensemble on disk, averaged over its members' softmax. `batch_sizes` are those that every system may choose from."""
 
     name: str
     folder: str

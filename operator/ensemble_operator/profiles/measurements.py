@@ -14,7 +14,7 @@ from ensemble_operator.errors import EnsembleError, InvalidSpec
 from ensemble_operator.errors import Problem as SpecProblem
 
 # Rows/s of common networks change little between these.
-LANDMARKS = (1, 8, 32, 128)
+LANDMARKS = (1, 8, 32, 128, 512)
 # Torch and its libraries, where no measurement on the device class says better.
 UNMEASURED_OVERHEAD_BYTES = 512 << 20
 
