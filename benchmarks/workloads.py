@@ -25,7 +25,7 @@ VERSION = 2
 
 
 class Workload(msgspec.Struct, frozen=True):
-    """An ensemble on disk, averaged over its members' softmax. `batch_sizes` are those that every system may choose from."""
+    """An ensemble on disk, averaged over its members' softmax. `batch_sizes` are those that all may choose from."""
 
     name: str
     folder: str

@@ -9,7 +9,7 @@ from collections import Counter
 from math import inf
 
 from ensemble_contract.wire import LiveInstance, State
-from ensemble_gateway.batches import FUSE_FULL_S, FUSE_S, Batch
+from ensemble_gateway.batches import FUSE_FULL_S, FUSE_S, Batch, is_efficient
 from ensemble_gateway.dispatcher import Dispatcher
 from ensemble_gateway.lanes import Lane
 from ensemble_gateway.queues import Request, bits
@@ -70,8 +70,9 @@ class Ledger:
             if any(entry.alone for entry in batch.entries):
                 assert len(batch.entries) == len(batch.instances) == 1
             if len(batch.instances) > 1:
-                is_full = batch.rows == batch.instances[0].batch_size
-                assert batch.expected_s <= (FUSE_FULL_S if is_full else FUSE_S) * 1.001
+                first = batch.instances[0]
+                may_be_long = is_efficient(first, batch.rows, first.latency.expect(batch.rows))
+                assert batch.expected_s <= (FUSE_FULL_S if may_be_long else FUSE_S) * 1.001
             self.running[batch.id] = batch
             for row in _rows_of(batch):
                 assert row[0] in self.open, "rows of a finished request are not given out"

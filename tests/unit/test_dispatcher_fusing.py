@@ -53,10 +53,24 @@ def test_a_full_batch_may_take_longer() -> None:
     assert given_together(ledger.assign()) == [("w0", (0, 1, 2), 8), ("w0", (3,), 8)]
 
 
-def test_a_batch_that_is_not_full_may_not() -> None:
+def test_a_large_batch_that_is_as_efficient_as_a_full_one_may_take_longer_too() -> None:
     ledger = ledger_with("w0", row_s=FUSE_FULL_S * 0.3 / 7)
     admitted(ledger, 7)
+    assert given_together(ledger.assign()) == [("w0", (0, 1, 2), 7), ("w0", (3,), 7)]
+
+
+def test_a_batch_that_more_rows_would_make_more_efficient_may_not() -> None:
+    ledger = ledger_with("w0", row_s=FUSE_FULL_S * 0.3 / 7 / 2)
+    for _, instance in ledger.dispatcher.instances():
+        instance.latency.observe(7, FUSE_FULL_S * 0.3)
+    admitted(ledger, 7)
     assert all(len(members) == 1 for _, members, _ in given_together(ledger.assign()))
+
+
+def test_a_small_batch_may_not() -> None:
+    ledger = ledger_with("w0", row_s=FUSE_S * 0.4)
+    admitted(ledger)
+    assert [len(members) for _, members, _ in given_together(ledger.assign())] == [2, 2]
 
 
 def test_members_that_take_long_run_by_themselves() -> None:

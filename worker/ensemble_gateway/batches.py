@@ -11,8 +11,11 @@ from ensemble_gateway.queues import Entry, Queues, Request
 # Members of one lane that wait with the same rows run as one batch while it is expected to take no longer than this:
 # sending, waking and answering cost as much as a tiny network.
 FUSE_S = 0.001
-# And so long with as many rows as they ever have: such a batch would not become more efficient by waiting for more.
+# And so long with this share of the rows that they may have, or more, where a row costs at most so many times what it
+# costs in a full batch: such a batch would hardly become more efficient by waiting for more.
 FUSE_FULL_S = 0.002
+LARGE_SHARE = 1 / 4
+EFFICIENT = 1.5
 # Where other lanes are idle, they share such work in equal parts of at least this: below, a message costs more than it
 # gains.
 SHARE_S = 0.00015
@@ -35,6 +38,14 @@ class Batch:
     def ranges(self) -> list[tuple[int, int]]:
         """The slots of its rows, in order."""
         return [(start, rows) for _, start, rows, _, _ in self.entries]
+
+
+def is_efficient(instance: Instance, rows: int, expected_s: float) -> bool:
+    """Whether `rows` rows, expected to take so long, are many and run about as efficiently as a full batch."""
+    size = instance.batch_size
+    if rows < LARGE_SHARE * size:
+        return False
+    return rows >= size or expected_s * size <= EFFICIENT * rows * instance.latency.expect(size)
 
 
 def fuse_limit_s(work_s: float, lanes: int, most_s: float) -> float:
