@@ -265,14 +265,14 @@ def _fastest_s(act: Callable[[], object], runs: int = 3000) -> float:
 
 
 def test_little_is_done_around_the_model(tmp_path: Path) -> None:
-    """One row of a tiny model: all but the model and its softmax take less time than these do."""
+    """One row of a tiny model: all but the model and its softmax take a few microseconds."""
     loaded = _load(models.export_mlp(tmp_path / "m.pt2", seed=3), X64, Y10, activation="softmax")
     rows: Sequence[Any] = [np.zeros((1, 64), np.float32)]
     frozen = torch.jit.freeze(torch.jit.script(models.make_mlp(seed=3)))
     tensor = torch.zeros(1, 64)
     with torch.inference_mode():
         model_s = _fastest_s(lambda: torch.softmax(frozen(tensor), -1))
-    assert _fastest_s(lambda: loaded.run(rows)) < 2 * model_s
+    assert _fastest_s(lambda: loaded.run(rows)) - model_s < 30e-6
 
 
 def test_the_thread_that_loads_and_runs_a_model_computes_as_before(tmp_path: Path) -> None:

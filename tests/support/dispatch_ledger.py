@@ -9,7 +9,7 @@ from collections import Counter
 from math import inf
 
 from ensemble_contract.wire import LiveInstance, State
-from ensemble_gateway.batches import FUSE_FULL_S, FUSE_S, Batch, is_efficient
+from ensemble_gateway.batches import FUSE_FULL_S, FUSE_S, Batch
 from ensemble_gateway.dispatcher import Dispatcher
 from ensemble_gateway.lanes import Lane
 from ensemble_gateway.queues import Request, bits
@@ -71,8 +71,11 @@ class Ledger:
                 assert len(batch.entries) == len(batch.instances) == 1
             if len(batch.instances) > 1:
                 first = batch.instances[0]
-                may_be_long = is_efficient(first, batch.rows, first.latency.expect(batch.rows))
-                assert batch.expected_s <= (FUSE_FULL_S if may_be_long else FUSE_S) * 1.001
+                pace = first.latency.expect(batch.rows) / batch.rows
+                full_pace = first.latency.expect(first.batch_size) / first.batch_size
+                is_full = batch.rows == first.batch_size
+                is_as_good = 4 * batch.rows >= first.batch_size and pace <= 1.5 * full_pace * 1.001
+                assert batch.expected_s <= (FUSE_FULL_S if is_full or is_as_good else FUSE_S) * 1.001
             self.running[batch.id] = batch
             for row in _rows_of(batch):
                 assert row[0] in self.open, "rows of a finished request are not given out"

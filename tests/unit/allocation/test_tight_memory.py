@@ -18,7 +18,6 @@ from ensemble_operator.allocation.planner import plan
 from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.allocation.throughput import solve
 from ensemble_operator.allocation.worstfit import worst_fit
-from tests.support.pace import slowness
 from tests.unit.allocation.problems import misfits, random_problem
 
 # Searches and programs: seconds of computing, which may be minutes on a machine that is busy.
@@ -92,11 +91,9 @@ def test_a_row_takes_the_batches_that_save_most_time_a_byte() -> None:
 @pytest.mark.parametrize(("capacity_mib", "classes"), [(3000, 1), (16_000, 1), (6000, 2)])
 def test_the_fewest_of_a_thousand_devices_within_ten_seconds(capacity_mib: int, classes: int) -> None:
     problem = random_problem(3, 1000, 36, (1, 8, 16, 32, 64, 128), capacity_mib, classes)
-    before = slowness()
     began = time.process_time()
     found = plan(problem, PlanOptions(objective="devices", target_rows_per_s=1200.0), clock=time.perf_counter)
-    took_s = time.process_time() - began
-    assert took_s < 10 * max(before, slowness())
+    assert time.process_time() - began < 10
     used = int(found.matrix.sizes.any(axis=1).sum())
     assert found.predicted_rows_per_s >= 1200.0
     assert found.device_bound <= used <= 1.2 * found.device_bound
