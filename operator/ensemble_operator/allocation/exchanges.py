@@ -1,20 +1,19 @@
 """Neighbours of a layout for when memory is short: two devices exchange instances, and both choose batch sizes anew.
 
 A full device has no room for one instance more, so the moves that follow the prices (see `moves`) find nothing there;
-what helps is another way to divide the same instances. A device that holds a set of members wants, within its memory,
-the batch sizes with which its part of their rows takes the least time: small ones first, then whatever saves most time
-a byte.
+what helps is another way to divide the same instances.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from ensemble_operator.allocation.layout import Layout, Line, Row
+from ensemble_operator.allocation.fitting import fitted_row, least_needs
+from ensemble_operator.allocation.layout import Layout, Line
 from ensemble_operator.allocation.moves import Move, Surroundings
 from ensemble_operator.allocation.tables import Floats, Tables
 from ensemble_operator.allocation.throughput import times_of
@@ -56,28 +55,6 @@ def repacked(tables: Tables, layout: Layout, draw: np.random.Generator) -> Layou
         if packed is not None:
             return packed
     return layout
-
-
-def fitted_row(tables: Tables, pool: int, parts: Mapping[int, float], usable_bytes: float) -> tuple[Row, float] | None:
-    """The batch sizes of members on a device, and the time that their parts of all rows take; None if they do not fit.
-
-    `parts` has, by member, the rows that the device answers for each row of the ensemble.
-    """
-    row = [0] * tables.member_count
-    left = usable_bytes
-    for member in parts:
-        level = _smallest(tables, pool, member)
-        if not level:
-            return None
-        row[member] = level
-        left -= tables.needs[pool, member, level]
-    if left < 0:
-        return None
-    while step := _best_step(tables, pool, parts, row, left):
-        member, level = step
-        left -= tables.needs[pool, member, level] - tables.needs[pool, member, row[member]]
-        row[member] = level
-    return tuple(row), sum(part / tables.rates[pool, member, row[member]] for member, part in parts.items())
 
 
 def _parts(around: Surroundings) -> Floats:
@@ -130,7 +107,7 @@ def _side(
 ) -> _Side:
     """What a device would hold and need; `parts` of what comes are those of the line that has it now."""
     tables, pool, placed = around.tables, int(around.pools[line]), around.levels[line] > 0
-    needs, rates = _least_needs(tables, pool), tables.rates[pool].max(axis=1)
+    needs, rates = least_needs(tables, pool), tables.rates[pool].max(axis=1)
     busy = np.where(placed, parts[line] / np.where(placed, around.rates[line], 1), 0)
     added = np.where(rates > 0, parts.max(axis=0) / np.where(rates > 0, rates, 1), np.inf)
     base_needs, base_seconds = needs[placed].sum(), busy.sum()
@@ -153,34 +130,6 @@ def _few(members: set[int]) -> list[tuple[int, ...]]:
     return [few for count in range(most + 1) for few in itertools.combinations(ordered, count)]
 
 
-def _best_step(
-    tables: Tables, pool: int, parts: Mapping[int, float], row: list[int], left: float
-) -> tuple[int, int] | None:
-    """The larger batch that saves most time a byte, of those that fit."""
-    best, best_worth = None, 0.0
-    for member, part in parts.items():
-        needs, rates, held = tables.needs[pool, member], tables.rates[pool, member], row[member]
-        for level in range(held + 1, tables.level_count):
-            added = needs[level] - needs[held]
-            if rates[level] <= rates[held] or added > left:
-                continue
-            worth = part * (1 / rates[held] - 1 / rates[level]) / max(added, 1.0)
-            if worth > best_worth:
-                best, best_worth = (member, level), worth
-    return best
-
-
-def _smallest(tables: Tables, pool: int, member: int) -> int:
-    """The smallest level that the member can run at; 0 if none."""
-    able = np.flatnonzero(tables.rates[pool, member])
-    return int(able[0]) if able.size else 0
-
-
-def _least_needs(tables: Tables, pool: int) -> Floats:
-    """Bytes of every member at its smallest batch; infinite where it cannot run."""
-    return np.asarray(np.where(tables.rates[pool] > 0, tables.needs[pool], np.inf).min(axis=1))
-
-
 def _packed(tables: Tables, layout: Layout, draw: np.random.Generator) -> Layout | None:
     """One attempt: each instance, large ones earlier, to a random device that has room for its smallest batch."""
     devices: list[tuple[int, dict[int, float]]] = [
@@ -188,7 +137,7 @@ def _packed(tables: Tables, layout: Layout, draw: np.random.Generator) -> Layout
     ]
     free = np.array([float(tables.pools[pool].usable_bytes) for pool, _ in devices])
     pools = np.array([pool for pool, _ in devices])
-    needs = np.stack([_least_needs(tables, pool) for pool in range(len(tables.pools))])
+    needs = np.stack([least_needs(tables, pool) for pool in range(len(tables.pools))])
     spread = np.where(np.isfinite(needs), needs, 0).max(axis=0)
     instances = layout.instances()
     items = [m for m in range(tables.member_count) for _ in range(int(instances[m]))]

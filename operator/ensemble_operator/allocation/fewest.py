@@ -11,13 +11,14 @@ from ensemble_operator.allocation.errors import DoesNotFit, InvalidProblem
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.options import PlanOptions
 from ensemble_operator.allocation.problem import Problem
-from ensemble_operator.allocation.program import Groups, Limits, fewest_devices
-from ensemble_operator.allocation.strategies import Evaluate, Outcome, most
+from ensemble_operator.allocation.program import Assignment, Groups, Limits, fewest_devices
+from ensemble_operator.allocation.strategies import Evaluate, Goal, Outcome, most
 from ensemble_operator.allocation.tables import Ints
 from ensemble_operator.allocation.throughput import rows_per_s
 
-# Trials of clusters with many devices descend less often.
-_MOST_DESCENTS_X_DEVICES = 2000
+# A trial has this share of a plan's descents, and those of clusters with many devices fewer still.
+_TRIAL = 0.6
+_MOST_DESCENTS_X_DEVICES = 1000
 # Between a number that is too small and one that is enough.
 _HALVINGS = 3
 # Where the members do not even fit, so large a share of devices more is asked for.
@@ -75,7 +76,8 @@ class _Asked:
 
     def __init__(self, problem: Problem, options: PlanOptions, evaluate: Evaluate | None) -> None:
         self._problem, self._evaluate = problem, evaluate
-        iterations = max(1, min(options.max_iterations, _MOST_DESCENTS_X_DEVICES // len(problem.devices)))
+        descents = min(math.ceil(options.max_iterations * _TRIAL), _MOST_DESCENTS_X_DEVICES // len(problem.devices))
+        iterations = max(1, descents)
         self._options = replace(options, max_iterations=iterations) if options.max_iterations else options
         self._groups, self._limits = Groups.pooled(problem.tables), Limits(time_s=options.time_limit_s)
         self.tried: list[str] = []
@@ -95,30 +97,31 @@ class _Asked:
         if found.used is None:
             return None
         used = np.rint(found.used).astype(np.int64)
-        outcome = _over(problem, self._options, self._evaluate, used)
+        outcome = self._over(found, used)
         self.tried.append(f"{_listed(problem, used)}: {_verdict(problem, outcome, target)}")
         reached = _reached(problem, outcome) if outcome is not None else 0.0
         return _Trial(int(used.sum()), outcome, target / reached - 1 if reached else _WITHOUT_A_PLAN)
 
+    def _over(self, found: Assignment, used: Ints) -> Outcome | None:
+        """The plan over the first devices of each pool, as a matrix over all; None if the members do not fit there."""
+        problem, evaluate = self._problem, self._evaluate
+        kept = sorted(d for pool, count in zip(problem.tables.pools, used, strict=True) for d in pool.devices[:count])
+        part = _part(problem, kept)
+        if part is None:
+            return None
 
-def _over(problem: Problem, options: PlanOptions, evaluate: Evaluate | None, used: Ints) -> Outcome | None:
-    """The plan over the first devices of each pool, as a matrix over all; None if the members do not fit there."""
-    kept = sorted(d for pool, count in zip(problem.tables.pools, used, strict=True) for d in pool.devices[:count])
-    part = _part(problem, kept)
-    if part is None:
-        return None
+        def over_all(matrix: Matrix) -> Matrix:
+            sizes = np.zeros((len(problem.devices), len(problem.members)), dtype=np.int64)
+            sizes[kept] = matrix.sizes
+            return Matrix.of(problem, sizes)
 
-    def over_all(matrix: Matrix) -> Matrix:
-        sizes = np.zeros((len(problem.devices), len(problem.members)), dtype=np.int64)
-        sizes[kept] = matrix.sizes
-        return Matrix.of(problem, sizes)
-
-    measure = None if evaluate is None else lambda matrix: evaluate(over_all(matrix))
-    try:
-        outcome = most(part, options, measure, goal_rows_per_s=options.target_rows_per_s)
-    except DoesNotFit:
-        return None
-    return replace(outcome, matrix=over_all(outcome.matrix))
+        measure = None if evaluate is None else lambda matrix: evaluate(over_all(matrix))
+        goal = Goal(self._options.target_rows_per_s, _of_part(problem, part, found, used))
+        try:
+            outcome = most(part, self._options, measure, goal)
+        except DoesNotFit:
+            return None
+        return replace(outcome, matrix=over_all(outcome.matrix))
 
 
 def _part(problem: Problem, kept: list[int]) -> Problem | None:
@@ -132,6 +135,19 @@ def _part(problem: Problem, kept: list[int]) -> Problem | None:
         return replace(problem, devices=devices, batch_sizes=sizes)
     except InvalidProblem:
         return None
+
+
+def _of_part(problem: Problem, part: Problem, found: Assignment, used: Ints) -> Assignment:
+    """What the program found for the pools that it uses and the batch sizes that are run there."""
+    if found.instances is None or found.times is None:
+        return found
+    taken, levels = used > 0, [problem.tables.level(size) for size in part.tables.sizes]
+    return replace(
+        found,
+        instances=found.instances[taken][:, :, levels],
+        times=found.times[taken][:, :, levels],
+        used=used[taken].astype(np.float64),
+    )
 
 
 def _reached(problem: Problem, outcome: Outcome) -> float:

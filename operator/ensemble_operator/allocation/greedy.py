@@ -26,6 +26,10 @@ Score = Callable[[Matrix], float]
 _IDLE = 1e-9
 # Throughputs that differ by less than this share are the same.
 _SAME = 1e-9
+# Descents from a worse start than these end lower than those from a disturbed best.
+_STARTS = 3
+# What another descent adds at most, as a share: from other starts it rarely ends higher by more.
+_ANOTHER_DESCENT = 0.02
 
 
 class SearchStopped(Exception):
@@ -98,16 +102,42 @@ class _Point:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How far a search goes: it ends at `goal_rows_per_s`, or when descents times neighbours layouts are solved."""
+    """How far a search goes: it ends at `goal_rows_per_s`, or when descents times neighbours layouts are solved.
+
+    With `all_or_nothing`, less than the goal is of no use, and it also ends where the goal is out of reach.
+    """
 
     goal_rows_per_s: float
     max_iterations: int = 10
     max_neighbours: int = 100
     seed: int = 0
+    all_or_nothing: bool = False
 
-    def is_spent(self, trace: Trace) -> bool:
-        """Whether as many layouts are solved as the paper's greedy would score."""
-        return trace.evaluations >= self.max_iterations * self.max_neighbours
+    def left(self, trace: Trace) -> int:
+        """Layouts that may still be solved, of as many as the paper's greedy would score."""
+        return max(0, self.max_iterations * self.max_neighbours - trace.evaluations)
+
+    def is_in_reach(self, rows_per_s: float) -> bool:
+        """Whether another descent may reach the goal where the best so far reaches so much."""
+        return not self.all_or_nothing or rows_per_s >= self.goal_rows_per_s * (1 - _ANOTHER_DESCENT)
+
+
+class _Pace:
+    """What a descent gains by solving layouts."""
+
+    def __init__(self, effort: Effort, trace: Trace, point: _Point) -> None:
+        self._effort = effort
+        self._solved, self._reached = trace.evaluations, point.solution.rows_per_s
+
+    def suffices(self, trace: Trace, point: _Point) -> bool:
+        """Whether the goal is reached, at the pace of the last neighbours, with what is left of the effort."""
+        effort, reached = self._effort, point.solution.rows_per_s
+        solved = trace.evaluations - self._solved
+        if not effort.all_or_nothing or solved < effort.max_neighbours:
+            return True
+        gained = reached - self._reached
+        self._solved, self._reached = trace.evaluations, reached
+        return reached + gained / solved * effort.left(trace) >= effort.goal_rows_per_s
 
 
 def greedy(tables: Tables, starts: list[Layout], effort: Effort, trace: Trace) -> Layout:
@@ -118,9 +148,12 @@ def greedy(tables: Tables, starts: list[Layout], effort: Effort, trace: Trace) -
     """
     draw = np.random.default_rng(effort.seed)
     points = sorted((_solved(tables, layout, trace) for layout in starts), key=lambda p: p.rank, reverse=True)
+    points = points[:_STARTS]
     best = points[0]
     for iteration in range(effort.max_iterations):
-        if best.solution.rows_per_s >= effort.goal_rows_per_s or effort.is_spent(trace):
+        if best.solution.rows_per_s >= effort.goal_rows_per_s or not effort.left(trace):
+            break
+        if iteration and not effort.is_in_reach(best.solution.rows_per_s):
             break
         fresh = points[iteration] if iteration < len(points) else _solved(tables, _other(tables, best, draw), trace)
         point = _descend(tables, fresh, effort, trace)
@@ -131,7 +164,8 @@ def greedy(tables: Tables, starts: list[Layout], effort: Effort, trace: Trace) -
 
 
 def _descend(tables: Tables, point: _Point, effort: Effort, trace: Trace) -> _Point:
-    while point.solution.rows_per_s < effort.goal_rows_per_s and not effort.is_spent(trace):
+    pace = _Pace(effort, trace, point)
+    while point.solution.rows_per_s < effort.goal_rows_per_s and effort.left(trace) and pace.suffices(trace, point):
         neighbour = _best_neighbour(tables, point, effort.max_neighbours, trace)
         if neighbour is None:
             break

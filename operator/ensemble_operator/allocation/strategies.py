@@ -39,6 +39,14 @@ class Outcome:
     measured_rows_per_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """Rows/s that are enough, and what reaches them where devices of a pool are taken together."""
+
+    rows_per_s: float
+    near: Assignment
+
+
 @dataclass(slots=True)
 class _Search:
     """One search: what it works on, the rows/s that end it, the bound, and what it has tried so far."""
@@ -48,6 +56,7 @@ class _Search:
     evaluate: Evaluate | None
     bound: float = np.inf
     goal: float = np.inf
+    all_or_nothing: bool = False
     trace: Trace = field(default_factory=Trace)
     tried: list[str] = field(default_factory=list)
 
@@ -59,23 +68,25 @@ class _Search:
         self.tried.append(what)
 
 
-def most(
-    problem: Problem, options: PlanOptions, evaluate: Evaluate | None = None, goal_rows_per_s: float = np.inf
-) -> Outcome:
+def most(problem: Problem, options: PlanOptions, evaluate: Evaluate | None = None, goal: Goal | None = None) -> Outcome:
     """The largest throughput, or the first that reaches the goal. Raises DoesNotFit and NotSolved."""
     search = _Search(problem, options, evaluate)
     start = _first_feasible(search)
     groups = Groups.pooled(problem.tables)
     loose = relaxed(problem.tables, groups)
-    pooled = most_rows_per_s(problem.tables, groups, search.limits, loose.bound)
-    search.bound = min(loose.bound, pooled.bound)
     # The bound of a program that time cut off is another on a slower machine, the relaxation's is the same.
-    search.goal = min(loose.bound * (1 - CLOSE_ENOUGH), goal_rows_per_s)
+    search.bound, search.goal = loose.bound, loose.bound * (1 - CLOSE_ENOUGH)
+    if goal is None:
+        near = most_rows_per_s(problem.tables, groups, search.limits, loose.bound)
+        search.bound = min(search.bound, near.bound)
+    else:
+        near = goal.near
+        search.goal, search.all_or_nothing = goal.rows_per_s, True
     search.note(f"bound over all matrices: {search.bound:.6g} rows/s")
     if options.strategy == "greedy-paper":
         matrix, measured = _by_paper(search, start)
     else:
-        matrix = _by_greedy(search, _starts(problem, start, [loose, pooled]))
+        matrix = _by_greedy(search, _starts(problem, start, [loose, near]))
         if options.strategy == "exact":
             matrix = _by_program(search, matrix)
         matrix, measured = _by_measurement(search, _with_copies(search, matrix))
@@ -110,7 +121,7 @@ def _by_paper(search: _Search, start: Matrix) -> tuple[Matrix, float | None]:
 
 def _by_greedy(search: _Search, starts: list[Layout]) -> Matrix:
     problem, options = search.problem, search.options
-    effort = Effort(search.goal, options.max_iterations, options.max_neighbours, options.seed)
+    effort = Effort(search.goal, options.max_iterations, options.max_neighbours, options.seed, search.all_or_nothing)
     best = greedy(problem.tables, starts, effort, search.trace)
     reached = search.trace.solved[best]
     search.note(f"greedy: {reached:.6g} rows/s, {_effort(search.trace)}")
@@ -124,8 +135,7 @@ def _starts(problem: Problem, start: Matrix, assignments: list[Assignment]) -> l
     if start.sizes.size <= MAX_FILLED_CELLS:
         starts.append(layout_of(problem, fill(problem, start)))
     # An incomplete solution depends on how fast this machine is, and the same seed shall give the same matrix.
-    found = (rounded(tables, assignment) for assignment in assignments if assignment.complete)
-    return starts + [layout for layout in found if layout]
+    return starts + [layout for found in assignments if found.complete for layout in rounded(tables, found)]
 
 
 def _by_program(search: _Search, matrix: Matrix) -> Matrix:

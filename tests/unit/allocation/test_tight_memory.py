@@ -10,14 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ensemble_operator.allocation.errors import DoesNotFit
-from ensemble_operator.allocation.exchanges import exchanges, fitted_row, repacked
+from ensemble_operator.allocation.exchanges import exchanges, repacked
+from ensemble_operator.allocation.fitting import fitted_row
+from ensemble_operator.allocation.greedy import Effort, Trace, greedy
 from ensemble_operator.allocation.layout import layout_of, matrix_of
 from ensemble_operator.allocation.moves import Surroundings
 from ensemble_operator.allocation.options import PlanOptions
 from ensemble_operator.allocation.planner import plan
 from ensemble_operator.allocation.problem import Problem
-from ensemble_operator.allocation.throughput import solve
-from ensemble_operator.allocation.worstfit import worst_fit
+from ensemble_operator.allocation.program import Groups, relaxed
+from ensemble_operator.allocation.rounding import rounded
+from ensemble_operator.allocation.throughput import rows_per_s, solve
+from ensemble_operator.allocation.worstfit import fill, worst_fit
 from tests.unit.allocation.problems import misfits, random_problem
 
 # Searches and programs: seconds of computing, which may be minutes on a machine that is busy.
@@ -85,6 +89,52 @@ def test_a_row_takes_the_batches_that_save_most_time_a_byte() -> None:
     assert smallest[1] == pytest.approx(sum(1 / tables.rates[0, m, 1] for m in range(3)))
     assert roomy[1] < smallest[1]
     assert fitted_row(tables, 0, parts, sum(needs) - 1) is None
+
+
+@given(seed=st.integers(0, 10_000), devices=st.integers(2, 6), members=st.integers(2, 8), slack=st.floats(1.05, 3.0))
+@settings(deadline=None, max_examples=40)
+def test_what_the_program_says_of_pools_is_made_feasible_layouts(
+    seed: int, devices: int, members: int, slack: float
+) -> None:
+    problem = tight(seed, devices, members, slack)
+    layouts = rounded(problem.tables, relaxed(problem.tables, Groups.pooled(problem.tables)))
+    assert len(set(layouts)) == len(layouts) <= 3
+    for layout in layouts:
+        assert layout.instances().all()
+        assert misfits(problem, matrix_of(problem, layout)) == []
+
+
+def test_members_find_room_with_smaller_batches_than_the_program_says() -> None:
+    problem = random_problem(3, 30, 36, (1, 8, 16, 32, 64, 128), 6000, 2)
+    tables = problem.tables
+    found = rounded(tables, relaxed(tables, Groups.pooled(tables)))
+    assert found
+    reached = max(solve(tables, layout).rows_per_s for layout in found)
+    assert reached > 3 * rows_per_s(problem, fill(problem, worst_fit(problem)))
+
+
+def test_a_search_for_all_or_nothing_ends_where_its_goal_is_out_of_reach_and_not_before() -> None:
+    problem = random_problem(3, 12, 12, (1, 8, 16, 32, 64, 128), 3000, 1)
+    tables, starts = problem.tables, [layout_of(problem, fill(problem, worst_fit(problem)))]
+    solved, reached = {}, {}
+    for goal in (100.0, 1000.0):
+        for all_or_nothing in (False, True):
+            trace = Trace()
+            layout = greedy(tables, starts, Effort(goal, all_or_nothing=all_or_nothing), trace)
+            solved[goal, all_or_nothing] = trace.evaluations
+            reached[goal, all_or_nothing] = solve(tables, layout).rows_per_s
+    assert reached[100.0, True] == reached[100.0, False] >= 100.0
+    assert reached[1000.0, False] < 500
+    assert solved[1000.0, True] < solved[1000.0, False] / 3
+
+
+def test_the_fewest_of_a_hundred_devices_are_near_the_proven_least() -> None:
+    problem = random_problem(3, 100, 36, (1, 8, 16, 32, 64, 128), 3000, 1)
+    found = plan(problem, PlanOptions(objective="devices", target_rows_per_s=120.0), clock=time.perf_counter)
+    used = int(found.matrix.sizes.any(axis=1).sum())
+    assert found.predicted_rows_per_s >= 120.0
+    assert found.device_bound <= used <= 1.2 * found.device_bound
+    assert misfits(problem, found.matrix) == []
 
 
 @pytest.mark.slow
