@@ -90,8 +90,8 @@ def judge(cell: Cell, measured: Measured) -> list[str]:
         said.append(f"Triton's {target.triton_share:.2f} {'passed' if share > target.triton_share else 'NOT PASSED'}")
     if measured.system == "ours":
         rates = [w.rows_per_s for w in measured.windows]
-        peers = (peer for peer in cell.systems if peer.system == "mosec")
-        said += [f"mosec: {verdict(rates, [w.rows_per_s for w in peer.windows])}" for peer in peers]
+        peers = (peer for peer in cell.systems if peer.system.startswith("mosec"))
+        said += [f"{peer.system}: {verdict(rates, [w.rows_per_s for w in peer.windows])}" for peer in peers]
     if measured.mistakes:
         cause = next((w.error for w in measured.windows if w.error), "wrong values")
         said.append(f"{measured.mistakes} FAILED OR WRONG: {cause}")
@@ -109,14 +109,14 @@ def table(cells: Sequence[Cell]) -> str:
     for cell in cells:
         bound = f"{cell.bound_rows_per_s:,.0f} | | | 1.00 | | | {cell.bound_setting}"
         lines.append(f"| {cell.workload} | {cell.load.name} | raw | {bound} |")
-        mosec = next((m for m in cell.systems if m.system == "mosec"), None)
+        mosec = next((m for m in cell.systems if m.system.startswith("mosec")), None)
         lines += [_line(cell, measured, mosec) for measured in cell.systems]
     return "\n".join(lines)
 
 
 def unmet(cells: Sequence[Cell]) -> list[str]:
     """Every promise that was not met, and every mistake, a line each."""
-    marks = ("MISSED", "NOT PASSED", "FAILED", "mosec: behind")
+    marks = ("MISSED", "NOT PASSED", "FAILED", ": behind")
     return [
         f"{cell.workload}, {cell.load.name}, {measured.system}: {text}"
         for cell in cells

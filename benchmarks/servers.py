@@ -139,7 +139,7 @@ def start_mosec(settings: MosecSettings, logs: Path) -> ServerProcess:
         str(MAX_BODY_BYTES),
     ]
     arguments += ["--log-level", "warning"]
-    log = logs / f"mosec-{str(settings).replace(' ', '-')}.log"
+    log = logs / f"mosec-{str(settings).replace(',', '').replace(' ', '-')}.log"
     with tempfile.TemporaryDirectory() as folder:
         environ = {SETTINGS_VARIABLE: msgspec.json.encode(settings).decode(), READY_VARIABLE: folder}
         server = ServerProcess(target, arguments, log, environ)
@@ -149,7 +149,9 @@ def start_mosec(settings: MosecSettings, logs: Path) -> ServerProcess:
     return server
 
 
-def mosec_candidates(workload: Workload, load: Load, cores: Sequence[int]) -> list[MosecSettings]:
+def mosec_candidates(
+    workload: Workload, load: Load, cores: Sequence[int], *, plain: bool = False
+) -> list[MosecSettings]:
     """Settings that may be mosec's best for a load: layouts of the cores, no batches or those that it can fill."""
     from benchmarks.peers.mosec_server import MosecSettings
 
@@ -159,7 +161,9 @@ def mosec_candidates(workload: Workload, load: Load, cores: Sequence[int]) -> li
         sizes = {1, -(-load.connections // processes)} if load.connections > 1 else {1}
         if load.connections == 1 and processes > 1:
             continue
-        found += [MosecSettings(workload.folder, processes, threads, size, 1, tuple(cores)) for size in sorted(sizes)]
+        found += [
+            MosecSettings(workload.folder, processes, threads, size, 1, tuple(cores), plain) for size in sorted(sizes)
+        ]
     return found
 
 

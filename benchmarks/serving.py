@@ -41,6 +41,8 @@ OTHER_LINKS = {
     "zeromq": ("ours, zeromq", ("--link", "zeromq", "--encryption", "none")),
     "zeromq-curve": ("ours, zeromq curve", ("--link", "zeromq", "--encryption", "curve")),
 }
+# Peers by their option: the name in the table, and whether members run as PyTorch loads them instead of by our code.
+PEERS = {"mosec": ("mosec", False), "mosec-plain": ("mosec, plain members", True)}
 PACKAGES = ("torch", "numpy", "uvloop", "mosec", "tritonclient")
 
 
@@ -51,7 +53,7 @@ class Options(msgspec.Struct, frozen=True):
     loads: tuple[str, ...]
     windows: int
     window_s: float
-    mosec: bool
+    peers: tuple[str, ...]
     links: tuple[str, ...]
     cache: Path
     json: Path | None
@@ -78,10 +80,17 @@ class Mosec:
     """The peer: one server for each setting that is the best for some load."""
 
     def __init__(
-        self, workload: Workload, asked: Sequence[Load], generators: Generators, cores: Sequence[int], logs: Path
+        self,
+        workload: Workload,
+        asked: Sequence[Load],
+        generators: Generators,
+        cores: Sequence[int],
+        logs: Path,
+        *,
+        plain: bool,
     ) -> None:
         rates: dict[Load, dict[MosecSettings, float]] = {load: {} for load in asked}
-        candidates = {load: servers.mosec_candidates(workload, load, cores) for load in asked}
+        candidates = {load: servers.mosec_candidates(workload, load, cores, plain=plain) for load in asked}
         for settings in dict.fromkeys(s for found in candidates.values() for s in found):
             server = servers.start_mosec(settings, logs)
             try:
@@ -128,11 +137,11 @@ class Bench:
         say(f"{workload.name}: starting the raw bound's processes")
         self._raw = RawBound(workload, cores, logs)
         undo.callback(self._raw.stop)
-        self._mosec = None
-        if options.mosec:
-            say(f"{workload.name}: looking for mosec's best settings")
-            self._mosec = Mosec(workload, self.asked, self._generators, cores, logs)
-            undo.callback(self._mosec.stop)
+        self._peers: dict[str, Mosec] = {}
+        for name, plain in (PEERS[peer] for peer in options.peers):
+            say(f"{workload.name}: looking for the best settings of {name}")
+            self._peers[name] = Mosec(workload, self.asked, self._generators, cores, logs, plain=plain)
+            undo.callback(self._peers[name].stop)
         say(f"{workload.name}: starting ensemble serve")
         self._ours: dict[str, servers.ServerProcess] = {}
         undo.callback(self._stop_ours)
@@ -157,7 +166,7 @@ class Bench:
         for turn in range(self._options.windows):
             for step in range(len(turns)):
                 turns[(turn + step) % len(turns)]()
-        settings = {"mosec": str(self._mosec.best[load])} if self._mosec else {}
+        settings = {name: str(peer.best[load]) for name, peer in self._peers.items()}
         measured = tuple(
             report.Measured(
                 name, tuple(results), settings.get(name, ""), loads.target_of(self._workload.name, name, load)
@@ -169,8 +178,8 @@ class Bench:
     def memory_bytes(self) -> dict[str, int]:
         """Memory of each server now."""
         found = {name: server.memory_bytes() for name, server in self._ours.items()}
-        if self._mosec:
-            found |= {f"mosec {settings}": server.memory_bytes() for settings, server in self._mosec.servers.items()}
+        for peer in self._peers.values():
+            found |= {f"mosec {settings}": server.memory_bytes() for settings, server in peer.servers.items()}
         return found
 
     def _raw_window(self, rates: dict[Setting, list[float]], setting: Setting, load: Load) -> None:
@@ -183,9 +192,7 @@ class Bench:
         systems = [System(name, server.target) for name, server in self._ours.items()]
         if load == loads.ONE:
             systems.append(System(STOCK, self._ours[OURS].target, stock=True))
-        if self._mosec:
-            systems.append(System("mosec", self._mosec.target(load)))
-        return systems
+        return systems + [System(name, peer.target(load)) for name, peer in self._peers.items()]
 
 
 def run(options: Options) -> report.Report:
@@ -228,7 +235,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--loads", default="", help=f"only these, of {', '.join(load.name for load in loads.LOADS)}")
     parser.add_argument("--windows", type=int, default=5, help="windows a system and load (default: %(default)s)")
     parser.add_argument("--window-s", type=float, default=1.5, help="seconds a window (default: %(default)s)")
-    parser.add_argument("--peers", default="", help="mosec")
+    parser.add_argument("--peers", default="", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--links", default="", help=f"further links, of {', '.join(OTHER_LINKS)}")
     parser.add_argument(
         "--cache", type=Path, default=workloads.CACHE, help="where models are kept (default: %(default)s)"
@@ -239,7 +246,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     names = {
         "workloads": (_words(given.workloads), workloads.NAMES),
         "loads": (_words(given.loads), tuple(load.name for load in loads.LOADS)),
-        "peers": (_words(given.peers), ("mosec",)),
+        "peers": (_words(given.peers), tuple(PEERS)),
         "links": (_words(given.links), tuple(OTHER_LINKS)),
     }
     for option, (words, known) in names.items():
@@ -254,7 +261,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         names["loads"][0],
         windows,
         window_s,
-        bool(names["peers"][0]),
+        names["peers"][0],
         names["links"][0],
         given.cache,
         given.json,

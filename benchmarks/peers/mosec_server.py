@@ -1,5 +1,7 @@
 """A workload behind mosec: one stage whose worker runs all members in turn and averages them.
 
+The members run by our workers' code, or plainly: as PyTorch loads an exported program.
+
 `python -m benchmarks.peers.mosec_server --port N …`, where mosec reads its own arguments from the same command line
 and this module its settings from the environment, as mosec's workers are spawned without a command line of ours. Each
 worker touches a file of its number once it is loaded. Bodies are the bare bytes of the tensors, the least that a peer
@@ -14,6 +16,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 from mosec import Server, Worker
 
 from benchmarks import workloads
@@ -26,7 +29,10 @@ TIMEOUT_MS = 300_000
 
 
 class MosecSettings(msgspec.Struct, frozen=True):
-    """How mosec is set up: processes, torch threads of each, the batch limit in requests, the wait for more of them."""
+    """How mosec is set up: processes, torch threads of each, the batch limit in requests, the wait for more of them.
+
+    `plain` is how members run: as `torch.export.load` gives them, and not by our workers' code.
+    """
 
     folder: str
     processes: int
@@ -34,9 +40,24 @@ class MosecSettings(msgspec.Struct, frozen=True):
     max_batch: int
     max_wait_ms: int
     cores: tuple[int, ...]
+    plain: bool = False
 
     def __str__(self) -> str:
-        return f"{self.processes}x{self.threads} batch {self.max_batch} wait {self.max_wait_ms} ms"
+        members = ", plain" if self.plain else ""
+        return f"{self.processes}x{self.threads} batch {self.max_batch} wait {self.max_wait_ms} ms{members}"
+
+
+class PlainMember:
+    """A member as PyTorch loads and runs it, with its softmax."""
+
+    def __init__(self, path: Path) -> None:
+        self._module = torch.export.load(path).module()
+
+    def run(self, inputs: list[workloads.Array]) -> list[workloads.Array]:
+        """The probabilities of one batch."""
+        # A tensor that shares memory must be writable, and the body of a request is not.
+        logits = self._module(*(torch.from_numpy(rows.copy()) for rows in inputs))
+        return [torch.softmax(logits, -1).numpy()]
 
 
 class EnsembleWorker(Worker):
@@ -53,7 +74,9 @@ class EnsembleWorker(Worker):
         device = devices.cpu_device(number, cores, devices.free_memory_bytes())
         spec, output = self._workload.input, self._workload.output
         self._members = [
-            predictor.load(workloads.path_of(m), m, (spec,), (output,), device, self._batch_limit)
+            PlainMember(workloads.path_of(m))
+            if settings.plain
+            else predictor.load(workloads.path_of(m), m, (spec,), (output,), device, self._batch_limit)
             for m in self._workload.members
         ]
         # mosec says that it is ready when its first worker is.

@@ -81,11 +81,11 @@ def test_serving_measures_ours_beside_the_raw_bound(
     assert children() == before
 
 
-@pytest.mark.parametrize(("processes", "max_batch"), [(1, 8), (2, 1)])
-def test_the_peer_answers_right_and_leaves_nothing(tiny: Workload, processes: int, max_batch: int) -> None:
+@pytest.mark.parametrize(("processes", "max_batch", "plain"), [(1, 8, False), (2, 1, False), (1, 8, True)])
+def test_the_peer_answers_right_and_leaves_nothing(tiny: Workload, processes: int, max_batch: int, plain: bool) -> None:
     before = children()
     logs = Path(tiny.folder) / "logs"
-    settings = MosecSettings(tiny.folder, processes, 1, max_batch, 1, CORES * 2)
+    settings = MosecSettings(tiny.folder, processes, 1, max_batch, 1, CORES * 2, plain)
     with ExitStack() as undo:
         generators = serving.Generators(tiny, logs, undo)
         server = servers.start_mosec(settings, logs)

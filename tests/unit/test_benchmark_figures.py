@@ -92,6 +92,9 @@ def test_promises_that_are_not_met_are_listed() -> None:
     met = cell(report.Measured("ours", windows(30, 30), target=target), mosec, raw=raw)
     assert report.unmet([met]) == []
     assert "| | | ours | 30 | 1.00 | 2.00 | 0.30 | 3.00 | 10% | target 0.18 met; " in report.table([met])
+    plain = report.Measured("mosec, plain members", windows(40, 40))
+    behind = cell(report.Measured("ours", windows(30, 30), target=target), mosec, plain, raw=raw)
+    assert report.unmet([behind]) == ["tiny, 64 clients, ours: mosec, plain members: behind"]
     missed = cell(
         report.Measured("ours", windows(17, 17, wrong=1, cpu_share=0.95), target=target),
         report.Measured("mosec", windows(20, 20)),
