@@ -20,6 +20,7 @@ from ensemble_operator.load.serving import WINDOWS, windows_of
 from ensemble_operator.profiles import serving_cost
 from ensemble_operator.profiles.measurements import Device, Measurement, Point
 from ensemble_operator.profiles.serving_cost import (
+    UNMEASURED,
     KeptCosts,
     Observation,
     ServingCost,
@@ -123,6 +124,8 @@ def test_what_is_known_is_reckoned_with_on_cpus_only(tmp_path: Path) -> None:
     # 1 ms alone and 1 ms more.
     assert served["a", "K"].points[0] == Point(1, pytest.approx(500.0), pytest.approx(2e-3), 10)  # type: ignore[arg-type]
     assert as_served(both, ServingCost(1e-3), {"K"})["a", "G"] == MEASURED["a", "K"]
-    assert with_known_cost(MEASURED, DEVICES[:1], TENSORS, tmp_path) == MEASURED
+    unmeasured = as_served(MEASURED, UNMEASURED, {"K"})
+    assert unmeasured["a", "K"].points[0].latency_s == pytest.approx(1.1e-3)
+    assert with_known_cost(MEASURED, DEVICES[:1], TENSORS, tmp_path) == unmeasured
     (tmp_path / "serving" / f"{cost_key(TENSORS, 2, DEVICES)}.json").write_text("{")
-    assert with_known_cost(MEASURED, DEVICES, TENSORS, tmp_path) == MEASURED
+    assert with_known_cost(MEASURED, DEVICES, TENSORS, tmp_path) == unmeasured

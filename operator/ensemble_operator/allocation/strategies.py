@@ -18,7 +18,7 @@ from ensemble_operator.allocation.problem import Problem
 from ensemble_operator.allocation.program import Assignment, Groups, Limits, most_rows_per_s, relaxed
 from ensemble_operator.allocation.rounding import rounded
 from ensemble_operator.allocation.throughput import rows_per_s
-from ensemble_operator.allocation.worstfit import fill, worst_fit
+from ensemble_operator.allocation.worstfit import BatchSizeOf, fill, preferred_batch_size, worst_fit
 
 Evaluate = Callable[[Matrix], float]
 
@@ -152,14 +152,31 @@ def _by_program(search: _Search, matrix: Matrix) -> Matrix:
 
 
 def _with_copies(search: _Search, matrix: Matrix) -> Matrix:
-    """With so many instances of every member as wanted, as far as memory allows and throughput does not fall."""
+    """With so many instances of every member as wanted, as far as memory allows and throughput does not fall.
+
+    Copies take as large batches as the plan's instance on such a device, for requests are divided among them alike; or
+    the preferred ones, if there is room for more copies then.
+    """
     before = rows_per_s(search.problem, matrix)
-    filled = fill(search.problem, matrix, copies=search.options.copies)
+    rules = _as_planned(search.problem, matrix), preferred_batch_size(search.problem)
+    copies = (fill(search.problem, matrix, rule, search.options.copies) for rule in rules)
+    filled = max(copies, key=lambda matrix: matrix.instance_count)
     added = filled.instance_count - matrix.instance_count
     if filled == matrix or rows_per_s(search.problem, filled) < before:
         return matrix
     search.note(f"further copies, for when a device is busy or lost: {added}")
     return filled
+
+
+def _as_planned(problem: Problem, matrix: Matrix) -> BatchSizeOf:
+    """The largest batch of a member's instances on devices of a class; where it has none, the preferred one."""
+    planned: dict[tuple[str, str], int] = {}
+    for device, row in zip(problem.devices, matrix.sizes, strict=True):
+        for member, size in zip(problem.members, row, strict=True):
+            key = member.name, device.device_class
+            planned[key] = max(planned.get(key, 0), int(size))
+    prefer = preferred_batch_size(problem)
+    return lambda member, device_class: planned.get((member, device_class), 0) or prefer(member, device_class)
 
 
 def _by_measurement(search: _Search, matrix: Matrix) -> tuple[Matrix, float | None]:

@@ -40,6 +40,11 @@ class ServingCost(msgspec.Struct, frozen=True, rename="camel"):
     spread: float = 0.0
 
 
+# Where it is not measured: a batch is never free, and without this the noise of short measurements chooses among sizes
+# that the network alone runs alike. `ensemble profile` says what it is here; on processors of today it is more.
+UNMEASURED = ServingCost(batch_s=100e-6)
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """A layout of every member on every device, and what it was measured to answer."""
@@ -153,8 +158,8 @@ def with_known_cost(
     tensors: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]],
     cache_folder: Path,
 ) -> dict[tuple[str, str], Measurement]:
-    """The measurements as served, where it is known what serving costs on these devices; else as they are."""
+    """The measurements as served, by what serving was measured to cost on these devices; else UNMEASURED is."""
     members = len({member for member, _ in measured})
     cost = KeptCosts(cache_folder).read(cost_key(tensors, members, devices))
     cpus = {device.device_class for device in devices if device.kind == "cpu"}
-    return as_served(measured, cost or ServingCost(), cpus)
+    return as_served(measured, cost or UNMEASURED, cpus)

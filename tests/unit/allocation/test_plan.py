@@ -227,6 +227,21 @@ def test_members_get_a_second_instance_where_memory_allows() -> None:
     assert (np.count_nonzero(planned(problem, copies=2).matrix.sizes, axis=0) >= 2).all()
 
 
+def test_copies_take_as_large_batches_as_planned_unless_more_copies_fit_otherwise() -> None:
+    # 128 rows are hardly slower than 512: preferred, and yet not what the plan has.
+    profiles = tuple(
+        Profile(member, "gpu", size, rate, size / rate, memory_mib * MIB)
+        for member in ("a", "b")
+        for size, rate, memory_mib in ((128, 970.0, 1000), (512, 1000.0, 3000))
+    )
+    for capacity_mib, sizes in ((10_000, {512}), (4500, {128, 512})):
+        devices = tuple(DeviceSpec(f"d{i}", "gpu", "cuda", capacity_mib * MIB) for i in range(2))
+        problem = Problem((Member("a"), Member("b")), devices, profiles, (128, 512), headroom=0.0)
+        found = planned(problem, copies=2)
+        assert np.count_nonzero(found.matrix.sizes) == 4
+        assert set(found.matrix.sizes.flat) == sizes
+
+
 def test_the_explanation_adds_up() -> None:
     problem = random_problem(9, 3, 5, capacity_mib=7000)
     found = planned(problem)
