@@ -141,6 +141,8 @@ def _starts(problem: Problem, start: Matrix, assignments: list[Assignment]) -> l
 def _by_program(search: _Search, matrix: Matrix) -> Matrix:
     """The better of the matrix and the program's, with the program's bound where that is lower."""
     problem = search.problem
+    if search.all_or_nothing and rows_per_s(problem, matrix) >= search.goal:
+        return matrix
     if not is_small(problem):
         search.note("exact: too many possible instances for the program; the greedy's matrix is kept")
         return matrix
