@@ -109,7 +109,7 @@ def table(cells: Sequence[Cell]) -> str:
     for cell in cells:
         bound = f"{cell.bound_rows_per_s:,.0f} | | | 1.00 | | | {cell.bound_setting}"
         lines.append(f"| {cell.workload} | {cell.load.name} | raw | {bound} |")
-        mosec = next((m for m in cell.systems if m.system.startswith("mosec")), None)
+        mosec = next((m for m in cell.systems if m.system == "mosec"), None)
         lines += [_line(cell, measured, mosec) for measured in cell.systems]
     return "\n".join(lines)
 

@@ -131,7 +131,7 @@ def _few(members: set[int]) -> list[tuple[int, ...]]:
 
 
 def _packed(tables: Tables, layout: Layout, draw: np.random.Generator) -> Layout | None:
-    """One attempt: each instance, large ones earlier, to a random device that has room for its smallest batch."""
+    """One attempt: each instance, large ones earlier, to a random device that has room for its least memory."""
     devices: list[tuple[int, dict[int, float]]] = [
         (line.pool, {}) for line in layout.lines for _ in range(line.devices)
     ]

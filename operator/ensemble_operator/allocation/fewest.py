@@ -76,9 +76,7 @@ class _Asked:
 
     def __init__(self, problem: Problem, options: PlanOptions, evaluate: Evaluate | None) -> None:
         self._problem, self._evaluate = problem, evaluate
-        descents = min(math.ceil(options.max_iterations * _TRIAL), _MOST_DESCENTS_X_DEVICES // len(problem.devices))
-        iterations = max(1, descents)
-        self._options = replace(options, max_iterations=iterations) if options.max_iterations else options
+        self._options = replace(options, max_iterations=_descents(options, len(problem.devices)))
         self._groups, self._limits = Groups.pooled(problem.tables), Limits(time_s=options.time_limit_s)
         self.tried: list[str] = []
 
@@ -124,6 +122,13 @@ class _Asked:
         return replace(outcome, matrix=over_all(outcome.matrix))
 
 
+def _descents(options: PlanOptions, devices: int) -> int:
+    """Descents of a trial; the paper's greedy counts steps, of which it needs all."""
+    if options.strategy == "greedy-paper" or not options.max_iterations:
+        return options.max_iterations
+    return max(1, min(math.ceil(options.max_iterations * _TRIAL), _MOST_DESCENTS_X_DEVICES // devices))
+
+
 def _part(problem: Problem, kept: list[int]) -> Problem | None:
     """The problem over some of its devices; None if a member has no profile there."""
     devices = tuple(problem.devices[d] for d in kept)
@@ -142,12 +147,7 @@ def _of_part(problem: Problem, part: Problem, found: Assignment, used: Ints) -> 
     if found.instances is None or found.times is None:
         return found
     taken, levels = used > 0, [problem.tables.level(size) for size in part.tables.sizes]
-    return replace(
-        found,
-        instances=found.instances[taken][:, :, levels],
-        times=found.times[taken][:, :, levels],
-        used=used[taken].astype(np.float64),
-    )
+    return replace(found, instances=found.instances[taken][:, :, levels], times=found.times[taken][:, :, levels])
 
 
 def _reached(problem: Problem, outcome: Outcome) -> float:

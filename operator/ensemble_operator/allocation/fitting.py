@@ -1,7 +1,7 @@
 """Batch sizes for members that share a device whose memory is short.
 
 A device that holds a set of members wants, within its memory, the batch sizes with which its part of their rows takes
-the least time: small ones first, then whatever saves most time a byte.
+the least time: those of the least memory first, then whatever saves most time a byte.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def fitted_row(tables: Tables, pool: int, parts: Mapping[int, float], usable_byt
     members = list(parts)
     # Plain numbers: a loop over so few reads them several times as fast as an array's.
     needs, rates = tables.needs[pool, members].tolist(), tables.rates[pool, members].tolist()
-    held = [next((level for level, rate in enumerate(each) if rate > 0), 0) for each in rates]
+    costs = [_Costs(part, *both) for part, *both in zip(parts.values(), needs, rates, strict=True)]
+    held = [each.least_level() for each in costs]
     left = usable_bytes - sum(each[level] for each, level in zip(needs, held, strict=True))
     if not all(held) or left < 0:
         return None
-    costs = [_Costs(part, *both) for part, *both in zip(parts.values(), needs, rates, strict=True)]
     while step := _best_step(costs, held, left):
         index, level = step
         left -= needs[index][level] - needs[index][held[index]]
@@ -41,7 +41,7 @@ def fitted_row(tables: Tables, pool: int, parts: Mapping[int, float], usable_byt
 
 
 def least_needs(tables: Tables, pool: int) -> Floats:
-    """Bytes of every member at its smallest batch; infinite where it cannot run."""
+    """The least bytes of every member at any batch; infinite where it cannot run."""
     return np.asarray(np.where(tables.rates[pool] > 0, tables.needs[pool], np.inf).min(axis=1))
 
 
@@ -52,13 +52,18 @@ class _Costs(NamedTuple):
     needs: list[float]
     rates: list[float]
 
+    def least_level(self) -> int:
+        """The level of least memory, the smallest of equals; 0 if the member cannot run."""
+        able = [level for level, rate in enumerate(self.rates) if rate > 0]
+        return min(able, key=lambda level: self.needs[level], default=0)
+
 
 def _best_step(costs: list[_Costs], held: list[int], left: float) -> tuple[int, int] | None:
-    """The larger batch that saves most time a byte, of those that fit."""
+    """The faster batch that saves most time a byte, of those that fit."""
     best, best_worth = None, 0.0
     for index, ((part, needs, rates), now) in enumerate(zip(costs, held, strict=True)):
         need, rate = needs[now], rates[now]
-        for level in range(now + 1, len(rates)):
+        for level in range(1, len(rates)):
             if rates[level] <= rate or needs[level] - need > left:
                 continue
             worth = part * (1 / rate - 1 / rates[level]) / max(needs[level] - need, 1.0)

@@ -141,13 +141,15 @@ class _Pace:
 
 
 def greedy(tables: Tables, starts: list[Layout], effort: Effort, trace: Trace) -> Layout:
-    """The best layout found by descents from the starts, best start first, then from disturbed bests.
+    """The best layout found by descents from the best three starts, best first, then from disturbed bests.
 
     A descent takes the best neighbour that follows the bottleneck, until none improves. There are at most
     `max_iterations` descents; with 0 the best start is returned as it is.
     """
     draw = np.random.default_rng(effort.seed)
-    points = sorted((_solved(tables, layout, trace) for layout in starts), key=lambda p: p.rank, reverse=True)
+    points = sorted(
+        (_solved(tables, layout, trace) for layout in dict.fromkeys(starts)), key=lambda p: p.rank, reverse=True
+    )
     points = points[:_STARTS]
     best = points[0]
     for iteration in range(effort.max_iterations):

@@ -7,8 +7,8 @@ three ways, and none is the best of every problem:
 
 - each instance as it is, smaller only where it fits nowhere; devices with too much to do share it with devices that
   have time left;
-- only what its smallest batch takes must fit, and a device then fits the batch sizes of all that it holds (see
-  `fitting`); the memory that is left is counted by the smallest batches;
+- only the least memory of any of its batches must fit, and a device then fits the batch sizes of all that it holds
+  (see `fitting`); the memory that is left is counted by the least;
 - the same, counted by the batches that were wished for.
 """
 
@@ -124,17 +124,19 @@ def _as_they_are(tables: Tables, load: _Load) -> list[Row]:
 
 
 def _squeezed(tables: Tables, load: _Load, as_wished: bool) -> list[Row]:
-    """Rows whose smallest batches fit, chosen by the memory that is left `as_wished` or with the smallest batches."""
+    """Rows whose least memory fits, put where memory is left, counted by the batches `as_wished` or by the least."""
     pool, wished = load.pool, _shares(tables, load.pool)
-    usable = float(max(tables.pools[pool].usable_bytes, 1))
-    least = least_needs(tables, pool) / usable
-    free, time, memory = np.ones((3, load.shared_devices))
+    # In bytes: what fits exactly shall fit.
+    usable, least = float(tables.pools[pool].usable_bytes), least_needs(tables, pool)
+    free = np.full(load.shared_devices, usable)
+    time, memory = np.ones((2, load.shared_devices))
     parts: list[dict[int, float]] = [{} for _ in range(load.shared_devices)]
     for item in _by_size(load, wished):
         lacking = np.array([item.member in part for part in parts], dtype=bool) | (free < least[item.member])
         if lacking.all():
             continue
-        device = int(np.where(lacking, -np.inf, np.minimum(time, memory if as_wished else free)).argmax())
+        room = np.minimum(time, memory if as_wished else free / max(usable, 1))
+        device = int(np.where(lacking, -np.inf, room).argmax())
         free[device] -= least[item.member]
         memory[device] -= wished[item.member, item.level]
         time[device] -= item.time

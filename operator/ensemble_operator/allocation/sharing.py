@@ -85,8 +85,10 @@ def shared(rates: Floats, counts: Ints, limits: Floats) -> Floats:
     cost = np.zeros(len(cell) + 1)
     cost[-1] = -1
     most = np.where(limits > 1, counts, np.inf)[line] / scale.times[member]
+    # No member answers more than the part's rows/s: of equal optima, one without time that nobody needs.
     lower = np.concatenate([np.zeros(members), -counts * limits])
-    found = _solved(cost, LinearConstraint(system, lb=lower), Bounds(0, np.append(most, np.inf)))
+    upper = np.concatenate([np.zeros(members), np.full(lines, np.inf)])
+    found = _solved(cost, LinearConstraint(system, lb=lower, ub=upper), Bounds(0, np.append(most, np.inf)))
     times = np.zeros_like(rates)
     times[line, member] = np.clip(found.x[:-1], 0, None) * scale.times[member]
     return times

@@ -26,6 +26,8 @@ Evaluate = Callable[[Matrix], float]
 CLOSE_ENOUGH = 5e-3
 # Up to so many cells a completely filled matrix is one of the starts.
 MAX_FILLED_CELLS = 5_000
+# Throughputs that differ by less are the same but for rounding.
+_SAME = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ def _starts(problem: Problem, start: Matrix, assignments: list[Assignment]) -> l
 def _by_program(search: _Search, matrix: Matrix) -> Matrix:
     """The better of the matrix and the program's, with the program's bound where that is lower."""
     problem = search.problem
-    if search.all_or_nothing and rows_per_s(problem, matrix) >= search.goal:
+    if search.all_or_nothing and not search.evaluate and rows_per_s(problem, matrix) >= search.goal:
         return matrix
     if not is_small(problem):
         search.note("exact: too many possible instances for the program; the greedy's matrix is kept")
@@ -159,15 +161,16 @@ def _with_copies(search: _Search, matrix: Matrix) -> Matrix:
     Copies take as large batches as the plan's instance on such a device, for requests are divided among them alike; or
     the preferred ones, if there is room for more copies then.
     """
-    before = rows_per_s(search.problem, matrix)
-    rules = _as_planned(search.problem, matrix), preferred_batch_size(search.problem)
-    copies = (fill(search.problem, matrix, rule, search.options.copies) for rule in rules)
-    filled = max(copies, key=lambda matrix: matrix.instance_count)
-    added = filled.instance_count - matrix.instance_count
-    if filled == matrix or rows_per_s(search.problem, filled) < before:
-        return matrix
-    search.note(f"further copies, for when a device is busy or lost: {added}")
-    return filled
+    problem = search.problem
+    enough = rows_per_s(problem, matrix) * (1 - _SAME)
+    rules = _as_planned(problem, matrix), preferred_batch_size(problem)
+    filled = (fill(problem, matrix, rule, search.options.copies) for rule in rules)
+    able = [with_copies for with_copies in filled if rows_per_s(problem, with_copies) >= enough]
+    best = max(able, key=lambda with_copies: with_copies.instance_count, default=matrix)
+    if best != matrix:
+        added = best.instance_count - matrix.instance_count
+        search.note(f"further copies, for when a device is busy or lost: {added}")
+    return best
 
 
 def _as_planned(problem: Problem, matrix: Matrix) -> BatchSizeOf:
