@@ -117,8 +117,8 @@ def test_a_file_is_served_for_as_long_as_it_takes(folder: Path) -> None:
     done = bench(folder, str(folder / "ensemble.yaml"))
     assert done.returncode == 0, done.stderr
     rows = next(line.split() for line in done.stdout.splitlines() if line.strip().startswith("rows/s"))
-    # Declared: 8 rows in 1 ms, for two members in turn.
-    assert rows[1] == "4,000.0"
+    # Declared: 8 rows in 1 ms, for two members in turn; serving a batch, which is not measured here, costs 0.1 ms more.
+    assert rows[1] == "3,636.4"
     assert float(rows[2].replace(",", "")) > 0
 
 
