@@ -41,7 +41,7 @@ class ServingCost(msgspec.Struct, frozen=True, rename="camel"):
 
 
 # Where it is not measured: a batch is never free, and without this the noise of short measurements chooses among sizes
-# that the network alone runs alike. `ensemble profile` says what it is here; on processors of today it is more.
+# that the network alone runs alike. `ensemble profile` measures what it is.
 UNMEASURED = ServingCost(batch_s=100e-6)
 
 
