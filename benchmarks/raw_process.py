@@ -20,6 +20,7 @@ from benchmarks import workloads
 from benchmarks.children import answer_lines
 from ensemble_contract.plan import ModelSource
 from ensemble_worker import devices, predictor
+from ensemble_worker.stacks import Stacks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,6 +77,9 @@ class Process:
         self._rows = workload.rows()
         device = self._device()
         self._members = [self._load(workload, workload.members[m], device) for m in config.members]
+        with predictor.running_models():
+            self._stacks = Stacks(dict(enumerate(self._members)))
+        self._all = tuple(range(len(self._members)))
         # A GPU runs its co-located members side by side, a CPU device one batch at a time.
         self._threads = ThreadPoolExecutor(len(self._members)) if device.kind == "cuda" else None
         expected = workload.expected_of_members()
@@ -141,8 +145,11 @@ class Process:
             if self._threads is not None:
                 list(self._threads.map(lambda member: member.run(inputs), self._members))  # noqa: B023 (awaited here)
                 continue
-            for member in self._members:
-                member.run(inputs)
+            for positions, run in self._stacks.parts(self._all, len(rows)):
+                if run is None:
+                    self._members[positions[0]].run(inputs)
+                else:
+                    run(inputs)
 
     def _run_free(self, rounds: list[list[Array]], window: ProcessWindow, limit: int) -> ProcessResult:
         count = 0

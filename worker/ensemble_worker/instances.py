@@ -156,6 +156,7 @@ class Instances:
                 await self._serving.part_with(placed.running)
                 self._left(placed.running)
             placed.running = placed.model = None
+            await self._restack()
             await self._release_memory()
         finally:
             del self._leaving[placed]
@@ -171,11 +172,22 @@ class Instances:
         """Fetch and load an instance, again and again if what went wrong may pass."""
         delay_s = FIRST_RETRY_S
         while not await self._try(placed):
+            await self._restack()
             placed.again.clear()
             try:
                 await asyncio.wait_for(placed.again.wait(), delay_s)
             except TimeoutError:
                 delay_s = min(2 * delay_s, LONGEST_RETRY_S)
+        await self._restack()
+
+    async def _restack(self) -> None:
+        """Members of one architecture run as one, once nothing more is on its way."""
+        if self.loading:
+            return
+        try:
+            await self._serving.restack()
+        except Exception:
+            _LOG.exception("members of one architecture run one after the other")
 
     async def _try(self, placed: Placed) -> bool:
         """Whether nothing more is to be tried: the instance runs, or cannot."""

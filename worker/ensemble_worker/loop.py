@@ -18,8 +18,10 @@ from queue import SimpleQueue
 
 from ensemble_contract.wire import FailureCode
 from ensemble_worker.errors import DeviceLost
+from ensemble_worker.gather import Array
 from ensemble_worker.links import LinkServer, Peer, Work
 from ensemble_worker.predictor import Predictor, is_out_of_memory, running_models
+from ensemble_worker.stacks import Stacks
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ class Executor(threading.Thread):
         self._lost = lost
         # Replaced, never changed: the executor's thread reads it while others come and go.
         self._instances: dict[int, Running] = {}
+        # Replaced too; what it does not know runs alone.
+        self.stacks = Stacks({})
         self._changing = threading.Lock()
         self._leaving: dict[int, tuple[Running | None, Callable[[], None]]] = {}
         self._threads: list[threading.Thread] = []
@@ -219,15 +223,19 @@ class Executor(threading.Thread):
         held = work.peer.rows
         if not held.slots:
             return
-        outputs, compute_ns = [], []
+        outputs: list[list[Array]] = [[]] * len(instances)
+        compute_ns = [0] * len(instances)
         running = first = instances[0]
         began_ns = first.began_ns = lap_ns = time.monotonic_ns()
         try:
             rows = held.gather(work.run.ranges)
-            for running in instances:
-                outputs.append(running.predictor.run(rows))
+            for positions, run in self.stacks.parts(work.run.instances, work.run.rows):
+                running = instances[positions[0]]
+                ran = [running.predictor.run(rows)] if run is None else run(rows)
                 now_ns = time.monotonic_ns()
-                compute_ns.append(now_ns - lap_ns)
+                for position, arrays in zip(positions, ran, strict=True):
+                    outputs[position] = arrays
+                    compute_ns[position] = (now_ns - lap_ns) // len(positions)
                 lap_ns = now_ns
         except DeviceLost as error:
             work.peer.fail(work.run, FailureCode.DEVICE_LOST, str(error))

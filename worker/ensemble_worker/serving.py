@@ -23,6 +23,7 @@ from ensemble_worker.links import LinkServer, Rows
 from ensemble_worker.links.shared import SharedServer
 from ensemble_worker.links.zeromq import ZeroMQServer
 from ensemble_worker.loop import Executor, Running
+from ensemble_worker.stacks import Stacks
 
 _LOG = logging.getLogger(__name__)
 
@@ -100,8 +101,10 @@ class Serving:
             server.start()
             self._server, self._terms = server, terms
             self._executor = Executor(server, serial=self._device.kind == "cpu", lost=self._lost)
-            for running in former.instances() if former is not None else ():
-                self._executor.add(running)
+            if former is not None:
+                for running in former.instances():
+                    self._executor.add(running)
+                self._executor.stacks = former.stacks
             self._executor.start()
 
     async def close(self) -> bool:
@@ -164,6 +167,15 @@ class Serving:
             self._executor.add(running)
         self.tell()
 
+    async def restack(self) -> None:
+        """Have those members run as one for which that is quicker, now that instances have come or gone."""
+        async with self._changing:
+            executor = self._executor
+            if executor is None or self._device.kind != "cpu":
+                return
+            predictors = {one.id: one.predictor for one in executor.instances()}
+            executor.stacks = await asyncio.to_thread(_stacks_of, predictors)
+
     def tell(self) -> None:
         """Tell gateways the State again."""
         if self._server is not None:
@@ -183,6 +195,11 @@ class Serving:
         except TimeoutError:
             _LOG.warning("member %s: batches still come for an instance that has left", running.member)
             executor.discard(running.id)
+
+
+def _stacks_of(predictors: dict[int, predictor.Predictor]) -> Stacks:
+    with predictor.running_models():
+        return Stacks(predictors)
 
 
 def _largest(plan: WorkerPlan) -> int:

@@ -13,6 +13,7 @@ import torch
 from ensemble_contract.tensors import TensorSpec
 from ensemble_worker.backends import forms
 from ensemble_worker.backends.loaded import Call, Loaded
+from ensemble_worker.backends.stacking import Layers
 from ensemble_worker.backends.tensors import DTYPES, describe, shares_memory, trial_inputs, unpacker
 from ensemble_worker.errors import InvalidModel
 
@@ -35,7 +36,7 @@ class Fitted:
     Its input i is the declared input `input_order[i]`; the declared output j is its output `output_order[j]`.
     `modifies_inputs`: it writes into its inputs, so it must get copies. `shares_inputs`: an output may lie in an input.
     `trial` holds a few random rows, in the model's order, on the host. `max_batch` is the most that the model takes, if
-    it says so.
+    it says so. `layers`: what can be stacked with those of other models.
     """
 
     call: Call
@@ -49,6 +50,7 @@ class Fitted:
     shares_inputs: bool
     on_host: bool
     trial: tuple[torch.Tensor, ...]
+    layers: Layers | None
 
     def rows(self, count: int) -> list[torch.Tensor]:
         """So many rows like those of `trial`."""
@@ -94,8 +96,10 @@ def fit(
         timed = max(1, len(trials) - 1)
         name, call = forms.choose(loaded.call, loaded.forms, trials, unpack, timed, preferred_form)
     host = tuple(t.cpu() for t in trial)
+    layers = None if fixed or modifies or shares else loaded.layers
+    limits = fixed, told.max_batch
     return Fitted(
-        call, name, unpack, input_order, output_order, fixed, told.max_batch, modifies, shares, loaded.on_host, host
+        call, name, unpack, input_order, output_order, *limits, modifies, shares, loaded.on_host, host, layers
     )
 
 

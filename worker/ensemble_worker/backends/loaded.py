@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ensemble_worker.signature import Signature
+
+if TYPE_CHECKING:
+    from ensemble_worker.backends.stacking import Layers
 
 # Takes the inputs in the model's order; gives a tensor, a sequence of tensors, or a dict of them.
 Call = Callable[..., Any]
@@ -24,7 +27,8 @@ class Form:
 class Loaded:
     """A model in memory, `name` says executed by what. `forms` are quicker executions of it, the most cautious first.
 
-    `on_host`: its tensors are the host's even when it computes elsewhere.
+    `on_host`: its tensors are the host's even when it computes elsewhere. `layers`: what can be stacked with those of
+    other models.
     """
 
     call: Call
@@ -32,3 +36,4 @@ class Loaded:
     name: str = "eager"
     forms: tuple[Form, ...] = ()
     on_host: bool = False
+    layers: Layers | None = None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx.graph import CodeGen
 
-from ensemble_worker.backends import export_graph, forms
+from ensemble_worker.backends import export_graph, forms, stacking
 from ensemble_worker.backends.loaded import Form, Loaded
 from ensemble_worker.errors import InvalidArchive
 from ensemble_worker.inspect_export import InspectedExport, inspect_export
@@ -34,7 +34,8 @@ def load(path: Path, device: torch.device) -> Loaded:
     except export_graph.NotCovered as cause:
         log.info("%s is read by torch.export.load: %s", path, cause)
         graph = _read_by_torch(inspected, device)
-    return Loaded(graph, signature, forms=_forms(graph, signature, device))
+    layers = stacking.layers_of(graph) if device.type == "cpu" else None
+    return Loaded(graph, signature, forms=_forms(graph, signature, device), layers=layers)
 
 
 def _read_by_torch(inspected: InspectedExport, device: torch.device) -> torch.fx.GraphModule:
