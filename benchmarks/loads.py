@@ -1,4 +1,4 @@
-"""The loads that are measured, and the speed to reach for each: shares of the raw bound."""
+"""The loads that are measured, and the speed to reach for each: shares of the raw bound of plain members."""
 
 from __future__ import annotations
 
@@ -31,9 +31,12 @@ LOADS_OF = {"tiny": LOADS, "cnn": LOADS, "imagenet": (ONE, EIGHT, MANY, BULK, BU
 
 
 class Target(msgspec.Struct, frozen=True):
-    """The least share of the raw bound to reach in a cell, and Triton's share where it was measured (0: it was not)."""
+    """The least share of plain raw to reach in a cell, and Triton's share where it was measured (0: it was not).
 
-    share_of_raw: float = 0.0
+    Both are of members as PyTorch loads them, one after the other: what is there to serve, however we execute it.
+    """
+
+    share_of_plain: float = 0.0
     triton_share: float = 0.0
 
 

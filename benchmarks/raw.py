@@ -96,8 +96,9 @@ class Group:
     """The processes of one layout."""
 
     def __init__(
-        self, workload: Workload, layout: Layout, members: Sequence[tuple[int, ...]], cores: Sequence[int], logs: Path
-    ) -> None:
+        self, workload: Workload, layout: Layout, members: Sequence[tuple[int, ...]], cores: Sequence[int], logs: Path,
+        *, plain: bool = False,
+    ) -> None:  # fmt: skip
         self.layout = layout
         self._children: list[Child] = []
         self._fds: list[int] = []
@@ -110,11 +111,12 @@ class Group:
                 cores=tuple(cores[start : start + layout.threads]),
                 threads=layout.threads,
                 max_batch=max(workload.batch_sizes),
+                plain=plain,
                 others=() if index else tuple(pairs),
                 pair=pairs[index - 1] if index else None,
             )
             arguments = [msgspec.json.encode(config).decode(), str(os.getpid())]
-            log = logs / f"raw-{str(layout).replace(' ', '-')}-{index}.log"
+            log = logs / f"raw-{'plain-' if plain else ''}{str(layout).replace(' ', '-')}-{index}.log"
             self._children.append(Child("benchmarks.raw_process", arguments, log, self._fds))
         for child in self._children:
             child.tell(None)
@@ -151,9 +153,9 @@ class Group:
 
 
 class RawBound:
-    """All layouts of a workload on these cores, started and warm."""
+    """All layouts of a workload on these cores, started and warm; `plain`: with members as PyTorch loads them."""
 
-    def __init__(self, workload: Workload, cores: Sequence[int], logs: Path) -> None:
+    def __init__(self, workload: Workload, cores: Sequence[int], logs: Path, *, plain: bool) -> None:
         self._workload = workload
         self._groups: dict[Layout, Group] = {}
         everything = tuple(range(len(workload.members)))
@@ -162,7 +164,7 @@ class RawBound:
             member_s: tuple[float, ...] = ()
             for layout in layouts(len(cores), len(everything)):
                 parts = divide(member_s, layout.processes) if layout.divided else [everything] * layout.processes
-                group = self._groups[layout] = Group(workload, layout, parts, cores, logs)
+                group = self._groups[layout] = Group(workload, layout, parts, cores, logs, plain=plain)
                 ready = group.ready()
                 member_s = member_s or ready[0].member_s
             undo.pop_all()

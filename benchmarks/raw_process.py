@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks import workloads
 from benchmarks.children import answer_lines
+from benchmarks.plain_member import PlainMember
 from ensemble_contract.plan import ModelSource
 from ensemble_worker import devices, predictor
 from ensemble_worker.stacks import Stacks
@@ -33,13 +34,17 @@ START_OFFSETS = 16
 
 
 class ProcessConfig(msgspec.Struct, frozen=True):
-    """What one process holds, and the eventfds (go, done) of its rounds: the first has those of all others."""
+    """What one process holds, and the eventfds (go, done) of its rounds: the first has those of all others.
+
+    `plain`: members run as `torch.export.load` gives them, one after the other.
+    """
 
     folder: str
     members: tuple[int, ...]
     cores: tuple[int, ...]
     threads: int
     max_batch: int
+    plain: bool = False
     device: str = "cpu"
     others: tuple[tuple[int, int], ...] = ()
     pair: tuple[int, int] | None = None
@@ -78,18 +83,21 @@ class Process:
         device = self._device()
         self._members = [self._load(workload, workload.members[m], device) for m in config.members]
         with predictor.running_models():
-            self._stacks = Stacks(dict(enumerate(self._members)))
+            # Plain members are none of ours, and never stacked.
+            self._stacks = Stacks({i: one for i, one in enumerate(self._members) if not isinstance(one, PlainMember)})
         self._all = tuple(range(len(self._members)))
         # A GPU runs its co-located members side by side, a CPU device one batch at a time.
         self._threads = ThreadPoolExecutor(len(self._members)) if device.kind == "cuda" else None
         expected = workload.expected_of_members()
-        for index, member in zip(config.members, self._members, strict=True):
-            self._check(workload.members[index].name, member, expected[index])
+        with predictor.running_models():
+            for index, member in zip(config.members, self._members, strict=True):
+                self._check(workload.members[index].name, member, expected[index])
 
     def ready(self) -> Ready:
         """Time each member once more."""
         rows = self._batches(self._config.max_batch, self._config.max_batch, 0)[0]
-        return Ready(tuple(self._time(member, rows) for member in self._members))
+        with predictor.running_models():
+            return Ready(tuple(self._time(member, rows) for member in self._members))
 
     def run(self, window: ProcessWindow) -> ProcessResult:
         """One window, in the state of a worker's threads."""
@@ -115,18 +123,22 @@ class Process:
         predictor.prepare_cpu(working, pin=False)
         return devices.cpu_device(working[0], working, devices.free_memory_bytes())
 
-    def _load(self, workload: workloads.Workload, source: ModelSource, device: devices.Device) -> predictor.Predictor:
+    def _load(
+        self, workload: workloads.Workload, source: ModelSource, device: devices.Device
+    ) -> predictor.Predictor | PlainMember:
         path = workloads.path_of(source)
+        if self._config.plain:
+            return PlainMember(path)
         return predictor.load(path, source, (workload.input,), (workload.output,), device, self._config.max_batch)
 
-    def _check(self, name: str, member: predictor.Predictor, expected: Array) -> None:
+    def _check(self, name: str, member: predictor.Predictor | PlainMember, expected: Array) -> None:
         step = self._config.max_batch
         answers = np.concatenate([member.run([self._rows[i : i + step]])[0] for i in range(0, len(self._rows), step)])
         wrong = int((~workloads.matches(answers, expected)).sum())
         if wrong:
             raise ValueError(f"member {name!r}: {wrong} of {len(expected)} answers are not those of its network")
 
-    def _time(self, member: predictor.Predictor, rows: Array) -> float:
+    def _time(self, member: predictor.Predictor | PlainMember, rows: Array) -> float:
         started = time.perf_counter()
         count = 0
         while count < 3 or time.perf_counter() - started < 0.05:

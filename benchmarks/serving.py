@@ -2,8 +2,9 @@
 
 For each workload all systems are started and warm; for each load every system has a window in turn, again and again,
 in an order that rotates: what the machine does meanwhile meets them all. Medians are reported, and shares of the raw
-bound (`raw`). Ours has one setting for all loads, the default; the raw bound and the peer have their best for each
-load, found beforehand.
+bound. Ours has one setting for all loads, the default; the raw bound and the peer have their best for each
+load, found beforehand. It is there twice: with members as our workers execute them (`raw`), and as PyTorch loads them
+(`plain raw`), of which the targets are shares.
 """
 
 from __future__ import annotations
@@ -134,9 +135,10 @@ class Bench:
         logs = Path(workload.folder) / "logs"
         cores = sorted(os.sched_getaffinity(0))
         self._generators = Generators(workload, logs, undo)
-        say(f"{workload.name}: starting the raw bound's processes")
-        self._raw = RawBound(workload, cores, logs)
-        undo.callback(self._raw.stop)
+        say(f"{workload.name}: starting the raw bounds' processes")
+        self._bounds = [RawBound(workload, cores, logs, plain=plain) for plain in (False, True)]
+        for bound in self._bounds:
+            undo.callback(bound.stop)
         self._peers: dict[str, Mosec] = {}
         for name, plain in (PEERS[peer] for peer in options.peers):
             say(f"{workload.name}: looking for the best settings of {name}")
@@ -156,10 +158,13 @@ class Bench:
 
     def cell(self, load: Load) -> report.Cell:
         """The windows of all systems under one load, interleaved."""
-        finalists = self._raw.finalists(load)
-        raw: dict[Setting, list[float]] = {setting: [] for setting in finalists}
         windows: dict[str, list[WindowResult]] = {}
-        turns: list[Callable[[], None]] = [partial(self._raw_window, raw, setting, load) for setting in finalists]
+        turns: list[Callable[[], None]] = []
+        rates: list[dict[Setting, list[float]]] = []
+        for bound in self._bounds:
+            found: dict[Setting, list[float]] = {setting: [] for setting in bound.finalists(load)}
+            turns += [partial(self._raw_window, bound, found, setting, load) for setting in found]
+            rates.append(found)
         for system in self._systems(load):
             windows[system.name] = []
             turns.append(partial(self._server_window, windows[system.name], system, load))
@@ -173,7 +178,8 @@ class Bench:
             )
             for name, results in windows.items()
         )
-        return report.Cell(self._workload.name, load, {str(s): tuple(rates) for s, rates in raw.items()}, measured)
+        raw, plain = ({str(setting): tuple(those) for setting, those in of.items()} for of in rates)
+        return report.Cell(self._workload.name, load, raw, plain, measured)
 
     def memory_bytes(self) -> dict[str, int]:
         """Memory of each server now."""
@@ -182,8 +188,8 @@ class Bench:
             found |= {f"mosec {settings}": server.memory_bytes() for settings, server in peer.servers.items()}
         return found
 
-    def _raw_window(self, rates: dict[Setting, list[float]], setting: Setting, load: Load) -> None:
-        rates[setting].append(self._raw.rows_per_s(setting, load, self._options.window_s))
+    def _raw_window(self, bound: RawBound, rates: dict[Setting, list[float]], setting: Setting, load: Load) -> None:
+        rates[setting].append(bound.rows_per_s(setting, load, self._options.window_s))
 
     def _server_window(self, results: list[WindowResult], system: System, load: Load) -> None:
         results.append(self._generators.window(system.target, load, self._options.window_s, stock=system.stock))

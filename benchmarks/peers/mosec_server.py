@@ -16,10 +16,10 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 from mosec import Server, Worker
 
 from benchmarks import workloads
+from benchmarks.plain_member import PlainMember
 from ensemble_worker import devices, predictor
 
 SETTINGS_VARIABLE = "BENCHMARK_MOSEC"
@@ -45,19 +45,6 @@ class MosecSettings(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         members = ", plain" if self.plain else ""
         return f"{self.processes}x{self.threads} batch {self.max_batch} wait {self.max_wait_ms} ms{members}"
-
-
-class PlainMember:
-    """A member as PyTorch loads and runs it, with its softmax."""
-
-    def __init__(self, path: Path) -> None:
-        self._module = torch.export.load(path).module()
-
-    def run(self, inputs: list[workloads.Array]) -> list[workloads.Array]:
-        """The probabilities of one batch."""
-        # A tensor that shares memory must be writable, and the body of a request is not.
-        logits = self._module(*(torch.from_numpy(rows.copy()) for rows in inputs))
-        return [torch.softmax(logits, -1).numpy()]
 
 
 class EnsembleWorker(Worker):

@@ -135,5 +135,7 @@ def test_a_server_that_cannot_start_says_why(tiny: Workload, tmp_path: Path) -> 
 def test_memory_and_cells_survive_a_round_trip_through_json(tmp_path: Path) -> None:
     import msgspec
 
-    made = report.Report({"cores": "2"}, 0.1, 1, (report.Cell("tiny", loads.ONE, {"1x1": (1.0,)}, ()),), {})
+    made = report.Report(
+        {"cores": "2"}, 0.1, 1, (report.Cell("tiny", loads.ONE, {"1x1": (2.0,)}, {"1x1": (1.0,)}, ()),), {}
+    )
     assert msgspec.json.decode(msgspec.json.encode(made), type=report.Report) == made
