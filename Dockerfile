@@ -4,6 +4,7 @@
 # our code. Both live in the virtual environment /opt/ensemble, whose *.dist-info folders tell scanners what is there.
 # For another build of torch, give its requirement and its index:
 #   --build-arg TORCH=torch==2.13.0+cpu --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# Where a build stage cannot install a C compiler with apt-get, leave our code uncompiled: --build-arg COMPILED=
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
@@ -32,8 +33,12 @@ ARG TORCH=torch==2.13.0
 RUN python3 install.py packages worker
 
 FROM build AS code
-RUN python3 -m venv --without-pip /opt/ensemble && python3 -m pip install hatchling
-COPY pyproject.toml README.md LICENSE ./
+ARG COMPILED=1
+ENV HATCH_BUILD_HOOKS_ENABLE=${COMPILED}
+RUN [ -z "${COMPILED}" ] || python3 install.py compiler
+COPY --from=requirements /requirements/build.txt ./
+RUN python3 -m venv --without-pip /opt/ensemble && python3 -m pip install --requirement build.txt
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY operator operator
 COPY worker worker
 RUN python3 install.py code /code

@@ -16,11 +16,11 @@ CRD := crds/ensemble-operator.io_inferenceensembles.yaml
 POLICY := crds/ensemble-operator.io_inferenceensembles_policy.yaml
 STALE := { echo "crds/ is out of date: run 'make crd'" >&2; exit 1; }
 # Folders that do not exist yet are no reason to fail.
-CODE := $(wildcard operator worker tests benchmarks examples charts images)
+CODE := $(wildcard operator worker tests benchmarks examples charts images hatch_build.py)
 
 .PHONY: help
 help:  ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-13s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(VENV)/.installed-demo models  ## Serve three ImageNet networks, classify a photograph, stop
@@ -40,9 +40,40 @@ test: $(VENV)/.installed-dev  ## Run the test suite; ARGS goes to pytest
 	    export KUBEBUILDER_ASSETS="$$assets"; fi; \
 	$(BIN)/python -m pytest $(ARGS)
 
+# Says what compiling lacks here, if it lacks something.
+CAN_COMPILE = $(BIN)/python -B -c 'import sys, hatch_build; sys.exit(hatch_build.missing())'
+COMPILED := build/compiled
+.PHONY: can-compile
+can-compile: $(VENV)/.installed-dev
+	@$(CAN_COMPILE)
+
+.PHONY: compiled
+compiled: $(COMPILED)/.installed  ## Compile the data plane with mypyc into build/compiled
+
+# For what builds the wheel. The first is what older pips look at, the second what newer ones do.
+BUILD_CONSTRAINT := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+# The operator stays plain, and is taken from its sources.
+$(COMPILED)/.installed: pyproject.toml hatch_build.py constraints.txt $(shell find worker -name '*.py') | $(VENV)/.installed-dev
+	@$(CAN_COMPILE)
+	rm -rf $(COMPILED)
+	$(BUILD_CONSTRAINT) HATCH_BUILD_HOOKS_ENABLE=1 $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps \
+	    --target $(COMPILED) .
+	@rm -rf $(COMPILED)/ensemble_operator $(COMPILED)/bin && touch $@
+
+DATA_PLANE := cache_map combiner deadlines dispatcher* gather lanes metrics placement queues replies ring rowstore \
+    data_plane device_rows edge* executor* faults links* plan_changes predictor
+.PHONY: test-compiled
+test-compiled: $(COMPILED)/.installed  ## Run the data plane's tests against the compiled modules; ARGS goes to pytest
+	@export PYTHONPATH=$(abspath $(COMPILED)); \
+	$(BIN)/python -c 'import ensemble_gateway.engine as e; assert e.__file__.endswith(".so"), e.__file__'; \
+	$(BIN)/python -m pytest $(wildcard $(foreach kind,unit integration,$(DATA_PLANE:%=tests/$(kind)/test_%.py))) $(ARGS)
+
 .PHONY: bench
-bench: $(VENV)/.installed-dev models  ## Measure serving against the raw bound; ARGS goes to the benchmark
-	@$(BIN)/python -m benchmarks.serving $(ARGS)
+bench: $(VENV)/.installed-dev models  ## Measure serving against the raw bound, compiled where it can be; ARGS goes to the benchmark
+	@if lacking=$$($(CAN_COMPILE) 2>&1); then $(MAKE) --no-print-directory compiled; \
+	else echo "the plain modules are measured, for $$lacking" >&2; fi
+	@if $(CAN_COMPILE) 2>/dev/null; then export PYTHONPATH=$(abspath $(COMPILED)); fi; \
+	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 .PHONY: verify
 verify: $(VENV)/.installed-dev  ## Check format, lint, types, layers and generated files

@@ -1,8 +1,9 @@
-"""Fills the virtual environment of an image: `install.py requirements`, `packages TARGET` and `code FOLDER`.
+"""Fills the virtual environment of an image: `install.py requirements FOLDER`, `packages TARGET` and `code FOLDER`.
 
-Runs in the build stages of the Dockerfile, with the base's Python and its pip. The packages are those of our extras at
-the versions of constraints.txt; what no process of ours reads is removed, and the rest is compiled so that equal
-sources give equal files (the images' root file systems are read-only: nobody could do it later).
+Runs in the build stages of the Dockerfile, with the base's Python and its pip; `compiler` installs what `code` takes to
+compile our modules. The packages are those of our extras at the versions of constraints.txt; what no process of ours
+reads is removed, and the rest gets its byte-code, so that equal sources give equal files (the images' root file systems
+are read-only: nobody could do it later).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -38,6 +40,8 @@ def main(arguments: list[str]) -> int:
             requirements(Path(folder))
         case ["packages", target] if target in OURS:
             packages(target)
+        case ["compiler"]:
+            compiler()
         case ["code", folder]:
             code(Path(folder))
         case _:
@@ -49,10 +53,14 @@ def main(arguments: list[str]) -> int:
 def requirements(folder: Path) -> None:
     """Write TARGET.txt for each image: what pyproject.toml lists for every process and for the image's extras.
 
-    They are files of their own, so that no other change of pyproject.toml makes a layer of packages anew.
+    And build.txt, what building our wheel takes. They are files of their own, so that no other change of pyproject.toml
+    makes a layer of packages anew.
     """
-    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    pyproject = tomllib.loads(Path("pyproject.toml").read_text())
+    project, wheel = pyproject["project"], pyproject["tool"]["hatch"]["build"]["targets"]["wheel"]
     folder.mkdir()
+    building = [*pyproject["build-system"]["requires"], *wheel["hooks"]["custom"]["dependencies"]]
+    (folder / "build.txt").write_text("\n".join(building) + "\n")
     for target, extras in EXTRAS.items():
         listed = [*project["dependencies"]]
         listed += [line for extra in extras for line in project["optional-dependencies"][extra]]
@@ -87,8 +95,18 @@ def tidy(site: Path) -> None:
         file.unlink()
 
 
+def compiler() -> None:
+    """Install what compiling our modules takes. The usual bases are Debian, and some have Python's headers."""
+    headers = [] if Path(sysconfig.get_path("include"), "Python.h").exists() else ["python3-dev"]
+    run("apt-get", "update")
+    run("apt-get", "install", "--yes", "--no-install-recommends", "gcc", "libc6-dev", *headers)
+
+
 def code(folder: Path) -> None:
-    """Build our distribution, and install for each image its part of it into a folder of its own."""
+    """Build our distribution, and install for each image its part of it into a folder of its own.
+
+    Compiled, if HATCH_BUILD_HOOKS_ENABLE=1.
+    """
     whole = folder / "whole"
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "wheels", ".")
     pip("install", "--no-deps", "--no-index", "--target", str(whole), *map(str, Path("wheels").glob("*.whl")))

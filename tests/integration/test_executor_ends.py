@@ -13,10 +13,8 @@ import pytest
 import torch
 
 from ensemble_contract import wire
-from ensemble_contract.layout import StoreLayout
 from ensemble_contract.wire import Result
 from ensemble_worker.errors import DeviceLost
-from ensemble_worker.gather import HostRows
 from ensemble_worker.links import LinkServer, Rows, StateMaker
 from ensemble_worker.links.zeromq import ZeroMQServer
 from ensemble_worker.predictor import Predictor
@@ -38,10 +36,16 @@ def path() -> Iterator[Path]:
         yield Path(folder) / "data.sock"
 
 
-class FullDevice(HostRows):
+class FullDevice:
     """Rows on a device without memory for one more upload, as torch says it; or on one that is lost."""
 
     error: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+
+    def gather(self, ranges: wire.RowRanges) -> list[Array]:
+        raise AssertionError("nothing was put")
 
     def put(self, ranges: wire.RowRanges, arrays: Sequence[Array]) -> None:
         raise self.error
@@ -69,8 +73,7 @@ async def test_a_device_that_fails_on_a_put_ends_the_worker(
     address = f"tcp://127.0.0.1:{free_port()}"
 
     def make_rows(slots: int) -> Rows:
-        layout = StoreLayout(INPUTS, slots)
-        return rows(layout, memoryview(bytearray(layout.total_bytes)))
+        return rows(slots)
 
     def make_server(state_for: StateMaker) -> LinkServer:
         if over == "zeromq":

@@ -1,5 +1,7 @@
 """`ensemble serve` from its command line to its answers and to its end: real processes, real models, real sockets."""
 
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +235,7 @@ def test_exit_codes(folder: Path, cache: Path, change: dict[str, Any], code: int
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["--version"], 0, "ensemble "),
+        (["--version"], 0, ", data plane "),
         (["--help"], 0, "exit codes:"),
         ([], 2, "COMMAND"),
         (["serve", "x.yaml", "--port", "65536"], 2, "'65536' is not a port in 0..65535"),
@@ -248,3 +251,15 @@ def test_command_line(arguments: list[str], code: int, text: str) -> None:
     assert done.returncode == code, done.stderr
     assert text in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("suffix", "text"), [(".py", "not compiled"), (EXTENSION_SUFFIXES[0], "compiled")])
+def test_the_version_says_whether_the_data_plane_is_compiled(tmp_path: Path, suffix: str, text: str) -> None:
+    gateway = tmp_path / "ensemble_gateway"
+    gateway.mkdir()
+    for name in ("__init__.py", f"engine{suffix}"):
+        (gateway / name).write_text("raise AssertionError('it is looked for, not imported')")
+    command = [sys.executable, "-m", "ensemble_operator", "--version"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert re.fullmatch(rf"ensemble \S+, data plane {text}\n", done.stdout), done.stdout + done.stderr

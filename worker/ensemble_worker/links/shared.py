@@ -215,6 +215,9 @@ class SharedServer:
 class SharedPeer:
     """One gateway on the same machine."""
 
+    # What `close` lets go of: compiled classes want it said.
+    __deletable__ = ("_from", "_store", "_to")
+
     def __init__(
         self, name: str, sock: socket.socket, fds: list[int], shared: wire.SharedLayout,
         layout: StoreLayout, outputs: tuple[TensorSpec, ...], rows: Rows | None, on_gone: Callable[[], None],
