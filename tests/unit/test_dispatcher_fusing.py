@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 
 from ensemble_contract.wire import LiveInstance, State
-from ensemble_gateway.batches import FUSE_FULL_S, FUSE_S, SHARE_S, fuse_limit_s
+from ensemble_gateway.batches import FUSE_FULL_S, FUSE_S, SHARE_S, fair_share_s
 from tests.support.dispatch_ledger import Ledger, admitted, given, given_together, hosting, member_of
 
 TINY_S = 0.00001
@@ -275,16 +277,28 @@ def test_where_the_other_lane_is_busy_all_go_to_the_idle_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("work_s", "lanes", "limit_s"),
+    ("work_s", "lanes", "share_s"),
     [
-        (10 * FUSE_S, 1, FUSE_S),
-        (1.9 * SHARE_S, 2, FUSE_S),
+        (10 * FUSE_S, 1, inf),
+        (1.9 * SHARE_S, 2, inf),
         (2 * SHARE_S, 2, SHARE_S),
         (2 * SHARE_S, 1000, SHARE_S),
         (3.8 * SHARE_S, 8, 3.8 * SHARE_S / 3),
-        (1.0, 2, FUSE_S),
-        (0.0, 4, FUSE_S),
+        (1.0, 2, 0.5),
+        (0.0, 4, inf),
     ],
 )
-def test_the_limit_makes_equal_parts_that_are_worth_a_message(work_s: float, lanes: int, limit_s: float) -> None:
-    assert fuse_limit_s(work_s, lanes, FUSE_S) == pytest.approx(limit_s)
+def test_shares_are_equal_and_worth_a_message(work_s: float, lanes: int, share_s: float) -> None:
+    assert fair_share_s(work_s, lanes) == pytest.approx(share_s)
+
+
+def test_parts_stay_equal_where_members_are_not_expected_to_take_quite_the_same() -> None:
+    ledger = Ledger(4)
+    for worker, first in (("w0", 0), ("w1", 100)):
+        live = tuple(
+            LiveInstance(first + m, *ledger.members[m], 8, 8 * seconds)
+            for m, seconds in enumerate((0.00033, 0.00033, 0.00035, 0.00032))
+        )
+        ledger.update(State(worker, 1, live, True, 2))
+    admitted(ledger, wanted=0b1111)
+    assert sorted(len(batch.instances) for batch in ledger.assign()) == [2, 2]

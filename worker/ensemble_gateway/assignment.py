@@ -10,7 +10,7 @@ from heapq import heapify, heappop, heapreplace
 from itertools import count
 from math import inf
 
-from ensemble_gateway.batches import FUSE_FULL_S, FUSE_S, Batch, fuse, fuse_limit_s, is_efficient
+from ensemble_gateway.batches import FUSE_FULL_S, FUSE_S, Batch, fair_share_s, fuse, is_efficient
 from ensemble_gateway.lanes import Instance
 from ensemble_gateway.placement import Lanes, Offer
 from ensemble_gateway.queues import Queues, bits
@@ -123,8 +123,8 @@ class Assigner:
         expected_s = instance.latency.expect(rows)
         most_s = FUSE_FULL_S if is_efficient(instance, rows, expected_s) else FUSE_S
         if expected_s < most_s and len(lane.instances) > 1:
-            limit_s = fuse_limit_s(total_s, 1 + self._lanes.idle_beside(lane, instance.member), most_s)
-            instances, expected_s = fuse(self._queues, lane, instance, entries, rows, limit_s)
+            share_s = fair_share_s(total_s, 1 + self._lanes.idle_beside(lane, instance.member))
+            instances, expected_s = fuse(self._queues, lane, instance, entries, rows, share_s, most_s)
         batch = Batch(next(self._ids), lane, instances, entries, rows, expected_s, now, waited)
         self.batches[batch.id] = batch
         self._lanes.start(batch, now)

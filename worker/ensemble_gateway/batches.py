@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from ensemble_gateway.lanes import Instance, Lane
 from ensemble_gateway.queues import Entry, Queues, Request
@@ -13,7 +14,7 @@ from ensemble_gateway.queues import Entry, Queues, Request
 FUSE_S = 0.001
 # And so long with this share of the rows that they may have, or more, where a row costs at most so many times what it
 # costs in a full batch: such a batch would hardly become more efficient by waiting for more.
-FUSE_FULL_S = 0.002
+FUSE_FULL_S = 0.004
 LARGE_SHARE = 1 / 4
 EFFICIENT = 1.5
 # Where other lanes are idle, they share such work in equal parts of at least this: below, a message costs more than it
@@ -48,31 +49,32 @@ def is_efficient(instance: Instance, rows: int, expected_s: float) -> bool:
     return rows >= size or expected_s * size <= EFFICIENT * rows * instance.latency.expect(size)
 
 
-def fuse_limit_s(work_s: float, lanes: int, most_s: float) -> float:
-    """How long a batch of several members may take where so much work waits, and so many lanes could share it."""
-    parts = min(lanes, int(work_s / SHARE_S)) or 1
-    return most_s if parts == 1 else min(most_s, work_s / parts)
+def fair_share_s(work_s: float, lanes: int) -> float:
+    """How much of so much waiting work one of so many lanes should take, as they could share it; all, if none can."""
+    parts = min(lanes, int(work_s / SHARE_S))
+    return work_s / parts if parts > 1 else inf
 
 
 def fuse(
-    queues: Queues, lane: Lane, first: Instance, entries: list[Entry], rows: int, limit_s: float
+    queues: Queues, lane: Lane, first: Instance, entries: list[Entry], rows: int, share_s: float, most_s: float
 ) -> tuple[tuple[Instance, ...], float]:
     """The lane's instances that run these `rows` rows in one go, and the seconds expected of them all.
 
-    They are `first` and the members that wait with the same rows, whose rows are taken from their queues, as many as
-    `limit_s` allows.
+    They are `first` and the members that wait with the same rows, whose rows are taken from their queues: as many as
+    come nearest to `share_s`, and take no longer than `most_s`.
     """
     expected_s = first.latency.expect(rows)
     instances = [first]
     if entries[0].alone:
         return (first,), expected_s
-    # Equal parts shall not fail by a rounding error.
-    limit_s *= 1 + 1e-6
     for member, instance in lane.instances.items():
         if instance is first or queues.waiting[member] < rows or rows > instance.batch_size:
             continue
         more_s = instance.latency.expect(rows)
-        if expected_s + more_s <= limit_s and queues.cut_same(member, entries):
+        # By half of it: what is expected is never exact, and equal parts shall stay equal.
+        if expected_s + more_s / 2 > share_s or expected_s + more_s > most_s:
+            continue
+        if queues.cut_same(member, entries):
             instances.append(instance)
             expected_s += more_s
     return tuple(instances), expected_s
