@@ -19,12 +19,16 @@ BUSY_LOAD_SHARE = 0.9
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """The windows of one system under one load; `setting` is what was chosen for it."""
+    """The windows of one system under one load; `setting` is what was chosen for it.
+
+    `cpu_s`: CPU that the server took in all windows, by its processes' part in it; empty where it was not looked at.
+    """
 
     system: str
     windows: tuple[WindowResult, ...]
     setting: str = ""
     target: Target = Target()
+    cpu_s: dict[str, float] = {}
 
     @property
     def rows_per_s(self) -> float:
@@ -133,6 +137,15 @@ def unmet(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
+def _cpu(measured: Measured) -> str:
+    """What a request costs each part of the server."""
+    requests = sum(window.requests for window in measured.windows)
+    if not measured.cpu_s or not requests:
+        return ""
+    parts = (f"{part} {1e6 * seconds / requests:,.0f}" for part, seconds in sorted(measured.cpu_s.items()))
+    return f"CPU us a request: {', '.join(parts)}"
+
+
 def _line(cell: Cell, measured: Measured, mosec: Measured | None) -> str:
     p50 = statistics.median(w.p50_ms for w in measured.windows)
     p99 = statistics.median(w.p99_ms for w in measured.windows)
@@ -140,7 +153,7 @@ def _line(cell: Cell, measured: Measured, mosec: Measured | None) -> str:
     of_mosec = (
         f"{measured.rows_per_s / mosec.rows_per_s:.2f}" if mosec and mosec.rows_per_s and mosec is not measured else ""
     )
-    notes = "; ".join(filter(None, [measured.setting, *judge(cell, measured)]))
+    notes = "; ".join(filter(None, [measured.setting, *judge(cell, measured), _cpu(measured)]))
     return (
         f"| | | {measured.system} | {measured.rows_per_s:,.0f} | {p50:.2f} | {p99:.2f} | {cell.share(measured):.2f} "
         f"| {cell.plain_share(measured):.2f} | {of_mosec} | {cpu:.0%} | {notes} |"

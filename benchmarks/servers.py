@@ -32,6 +32,8 @@ STOP_TIMEOUT_S = 20.0
 # 1,024 rows of the largest input, and room for more.
 MAX_BODY_BYTES = 512 << 20
 REQUEST_TIMEOUT_MS = 300_000
+# What the processes of `ensemble serve` are, by the module in their command line.
+PARTS = {"ensemble_gateway": "gateway", "ensemble_worker": "workers"}
 
 
 class ServerProcess:
@@ -88,6 +90,16 @@ class ServerProcess:
         for process in self._tree():
             with contextlib.suppress(psutil.Error):
                 total += process.memory_full_info().pss
+        return total
+
+    def cpu_s(self) -> dict[str, float]:
+        """Seconds of CPU that the server has taken so far, by its processes' part in it."""
+        total: dict[str, float] = {}
+        for process in self._tree():
+            with contextlib.suppress(psutil.Error):
+                command, times = process.cmdline(), process.cpu_times()
+                part = next((name for module, name in PARTS.items() if module in command), "rest")
+                total[part] = total.get(part, 0.0) + times.user + times.system
         return total
 
     def stop(self) -> None:

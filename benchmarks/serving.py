@@ -118,11 +118,12 @@ class Mosec:
 
 
 class System(NamedTuple):
-    """A server under a name, and whether the stock client asks it."""
+    """A server under a name, and whether the stock client asks it; `process` is ours, whose CPU is looked at."""
 
     name: str
     target: Target
     stock: bool = False
+    process: servers.ServerProcess | None = None
 
 
 class Bench:
@@ -159,6 +160,7 @@ class Bench:
     def cell(self, load: Load) -> report.Cell:
         """The windows of all systems under one load, interleaved."""
         windows: dict[str, list[WindowResult]] = {}
+        cpu_s: dict[str, dict[str, float]] = {}
         turns: list[Callable[[], None]] = []
         rates: list[dict[Setting, list[float]]] = []
         for bound in self._bounds:
@@ -167,14 +169,19 @@ class Bench:
             rates.append(found)
         for system in self._systems(load):
             windows[system.name] = []
-            turns.append(partial(self._server_window, windows[system.name], system, load))
+            cpu_s[system.name] = {}
+            turns.append(partial(self._server_window, windows[system.name], cpu_s[system.name], system, load))
         for turn in range(self._options.windows):
             for step in range(len(turns)):
                 turns[(turn + step) % len(turns)]()
         settings = {name: str(peer.best[load]) for name, peer in self._peers.items()}
         measured = tuple(
             report.Measured(
-                name, tuple(results), settings.get(name, ""), loads.target_of(self._workload.name, name, load)
+                name,
+                tuple(results),
+                settings.get(name, ""),
+                loads.target_of(self._workload.name, name, load),
+                cpu_s[name],
             )
             for name, results in windows.items()
         )
@@ -191,11 +198,15 @@ class Bench:
     def _raw_window(self, bound: RawBound, rates: dict[Setting, list[float]], setting: Setting, load: Load) -> None:
         rates[setting].append(bound.rows_per_s(setting, load, self._options.window_s))
 
-    def _server_window(self, results: list[WindowResult], system: System, load: Load) -> None:
+    def _server_window(self, results: list[WindowResult], cpu_s: dict[str, float], system: System, load: Load) -> None:
+        before = system.process.cpu_s() if system.process is not None else {}
         results.append(self._generators.window(system.target, load, self._options.window_s, stock=system.stock))
+        after = system.process.cpu_s() if system.process is not None else {}
+        for part, seconds in after.items():
+            cpu_s[part] = cpu_s.get(part, 0.0) + seconds - before.get(part, 0.0)
 
     def _systems(self, load: Load) -> list[System]:
-        systems = [System(name, server.target) for name, server in self._ours.items()]
+        systems = [System(name, server.target, process=server) for name, server in self._ours.items()]
         if load == loads.ONE:
             systems.append(System(STOCK, self._ours[OURS].target, stock=True))
         return systems + [System(name, peer.target(load)) for name, peer in self._peers.items()]

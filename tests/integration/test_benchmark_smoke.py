@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from benchmarks import colocation, loads, networks, preparation, report, servers, serving
+from benchmarks import cold, colocation, loads, networks, preparation, report, servers, serving
 from benchmarks.children import ChildFailed
 from benchmarks.peers.mosec_server import MosecSettings
 from benchmarks.raw import Group, Layout
@@ -122,6 +124,16 @@ def test_colocation_compares_one_process_with_one_for_each(cache: Path, tiny: Wo
     table = colocation.table(measured)
     assert table.count("| one process, 1 thread |") == len(colocation.BATCHES)
     assert children() == before
+
+
+def test_what_a_core_costs_that_has_slept_is_measured(tiny: Workload) -> None:
+    """In a process of its own, for it stays on one core."""
+    command = [sys.executable, "-m", "benchmarks.cold", "--rounds", "3", "--cache", str(Path(tiny.folder).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.startswith("a wake-up from another core: ")
+    table = [line.split("|")[2:-1] for line in done.stdout.splitlines() if line.startswith(("| 1 ", "| 8 ", "| 128 "))]
+    assert len(table) == len(cold.ROWS)
+    assert all(len(row) == len(cold.GAPS_MS) and min(int(cell.replace(",", "")) for cell in row) > 0 for row in table)
 
 
 def test_a_server_that_cannot_start_says_why(tiny: Workload, tmp_path: Path) -> None:
