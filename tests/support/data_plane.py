@@ -106,10 +106,14 @@ class Worker(Child):
         """The same worker as a new process, as a runner would start it when this one has ended."""
         return Worker(self.folder, self.plan, data=self.address.address, options=self.options)
 
+    def instances(self) -> list[dict[str, Any]]:
+        """Every instance, as the admin API tells it."""
+        found: list[dict[str, Any]] = json.loads(ask_unix(self.admin, "GET", "/v1/plan")[1])["instances"]
+        return found
+
     def states(self) -> dict[str, str]:
-        """The state of each instance, as the admin API tells it."""
-        found = json.loads(ask_unix(self.admin, "GET", "/v1/plan")[1])
-        return {instance["member"]: instance["state"] for instance in found["instances"]}
+        """The state of each member that has one instance."""
+        return {instance["member"]: instance["state"] for instance in self.instances()}
 
     def wait_ready(self) -> None:
         """Wait until every instance is ready or has failed."""
@@ -117,8 +121,8 @@ class Worker(Child):
         def settled() -> bool:
             assert self.process.poll() is None, self.text()
             with contextlib.suppress(OSError):
-                states = self.states()
-                return bool(states) and set(states.values()) <= {"ready", "failed"}
+                states = {instance["state"] for instance in self.instances()}
+                return bool(states) and states <= {"ready", "failed"}
             return False
 
         wait_until(settled, START_S)
