@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 from ensemble_contract.plan import Instance, ModelSource, WorkerPlan, encode_plan
 from ensemble_contract.tensors import TensorSpec
 from ensemble_worker import devices, predictor, stacks
-from ensemble_worker.backends import stacking, torch_export
+from ensemble_worker.backends import export_graph, stacking, torch_export
 from ensemble_worker.backends.cpu import CpuPredictor, CpuStack
 from ensemble_worker.stacks import Part, Stacks
 from tests.support import models
@@ -97,6 +98,20 @@ def test_a_perceptron_with_all_that_people_put_into_one_is_stacked(tmp_path: Pat
             (got,) = stack.run([x], first, end)
             wanted = torch.stack([graph(x)[0] for graph in graphs[first:end]])
             torch.testing.assert_close(got, wanted)
+
+
+def test_a_program_that_torch_has_to_read_is_stacked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are parameters of modules, where ours are buffers of the graph."""
+
+    def refuse(*_: object) -> None:
+        raise export_graph.NotCovered("another version of the format")
+
+    monkeypatch.setattr(export_graph, "read", refuse)
+    graph = _graph(tmp_path / "m.pt2", Normalised(), 64)
+    network = stacking.layers_of(graph)
+    assert network is not None
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(stacking.Stack([network, network]).run([x], 0, 2)[0][1], graph(x)[0].detach())
 
 
 @pytest.mark.parametrize(
@@ -212,6 +227,33 @@ async def test_answers_stay_right_while_members_of_a_stack_come_and_go(tmp_path:
         assert status == 202, text
         wait_until(lambda: "3 members of one architecture" in worker.text())
         await asked(1, 4, 5)
+        assert worker.text().count("members of one architecture") == 2, "they are stacked once for what has changed"
         assert "Traceback" not in worker.text()
     finally:
         worker.end()
+
+
+def test_what_is_not_wanted_any_more_keeps_nothing_from_being_stacked(tmp_path: Path) -> None:
+    """A member that is still being fetched, from a server that never answers, when the next plan leaves it out."""
+    one, other = _times(tmp_path, 1), _times(tmp_path, 2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        lost = ModelSource(
+            "lost", "digest-lost", f"http://127.0.0.1:{silent.getsockname()[1]}/lost.pt2", "torch-export"
+        )
+
+        def plan(generation: int, *sources: ModelSource) -> WorkerPlan:
+            placed = tuple(Instance(source.name, 16, source.digest) for source in sources)
+            return WorkerPlan(generation, "any", "solo", PLANE_X, PLANE_Y, sources, placed)
+
+        def ready() -> int:
+            return ask_unix(worker.admin, "GET", "/v1/plan")[1].count(b'"ready"')
+
+        worker = Worker(tmp_path, plan(1, lost, one, other))
+        try:
+            wait_until(lambda: worker.admin.exists() and ready() == 2)
+            assert "members of one architecture" not in worker.text()
+            status, text = ask_unix(worker.admin, "PUT", "/v1/plan", encode_plan(plan(2, one, other)))
+            assert status == 202, text
+            wait_until(lambda: "2 members of one architecture" in worker.text())
+        finally:
+            worker.end()

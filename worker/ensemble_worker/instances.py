@@ -93,6 +93,7 @@ class Instances:
         self._ids = count(1)
         self._placed: dict[Key, Placed] = {}
         self._leaving: dict[Placed, asyncio.Task[None]] = {}
+        self._stacking: asyncio.Task[None] | None = None
         self._fetching = asyncio.Semaphore(FETCHES_AT_ONCE)
         self._turn = asyncio.Lock()
         self._releasing = asyncio.Lock()
@@ -126,10 +127,12 @@ class Instances:
             placed.again.set()
             if placed.task is None or (again and placed.state == "failed" and placed.task.done()):
                 placed.task = asyncio.create_task(self._bring(placed))
+        # Others may have waited for what is not wanted any more.
+        self._stacking = asyncio.create_task(self._restack())
 
     def close(self) -> None:
         """Start nothing more."""
-        for task in [*self._leaving.values(), *(one.task for one in self._placed.values())]:
+        for task in [self._stacking, *self._leaving.values(), *(one.task for one in self._placed.values())]:
             if task is not None:
                 task.cancel()
 
@@ -152,6 +155,7 @@ class Instances:
             if placed.running is None and placed.task is not None:
                 # It is being loaded, which cannot be stopped.
                 await asyncio.wait([placed.task])
+                placed.state = "draining"
             if placed.running is not None:
                 await self._serving.part_with(placed.running)
                 self._left(placed.running)

@@ -26,7 +26,6 @@ from ensemble_worker.backends.cpu import CpuPredictor
 from ensemble_worker.backends.cuda import CudaPredictor, DeviceRows, as_lost
 from ensemble_worker.backends.fitting import Fitted, check_batch, fit
 from ensemble_worker.backends.loaded import Loaded
-from ensemble_worker.backends.tensors import host_array
 from ensemble_worker.chosen_forms import ChosenForms
 from ensemble_worker.devices import Device
 from ensemble_worker.errors import DeviceLost, InvalidArchive, InvalidModel, ModelError, OutOfMemory
@@ -331,8 +330,7 @@ def _warm_up(predictor: Predictor, fitted: Fitted) -> None:
 
     Rows in shared memory are read-only arrays; torch warns about them once per process, which happens here.
     """
-    trial = dict(zip(fitted.input_order, fitted.rows(predictor.batch_size), strict=True))
-    arrays = [host_array(trial[i]) for i in range(len(trial))]
+    arrays = fitted.arrays(predictor.batch_size)
     started = time.perf_counter()
     for rows in (predictor.batch_size, 1) * 2:
         if time.perf_counter() - started > WARM_UP_S:

@@ -174,6 +174,8 @@ class Serving:
             if executor is None or self._device.kind != "cpu":
                 return
             predictors = {one.id: one.predictor for one in executor.instances()}
+            if predictors.keys() == executor.stacks.instances:
+                return
             executor.stacks = await asyncio.to_thread(_stacks_of, predictors)
 
     def tell(self) -> None:

@@ -12,18 +12,17 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ensemble_worker.backends.cpu import CpuPredictor, CpuStack
 from ensemble_worker.backends.forms import GAIN_TO_SWITCH, TOLERANCES
-from ensemble_worker.backends.tensors import host_array
+from ensemble_worker.gather import Array
 from ensemble_worker.predictor import Predictor
 
 log = logging.getLogger(__name__)
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Run = Callable[[Sequence[Array]], list[list[Array]]]
 
 # Batches at which a stack is compared with its members one after the other, and for how long.
@@ -49,9 +48,10 @@ class _Place(NamedTuple):
 
 
 class Stacks:
-    """The stacks among these predictors, by the instances' ids."""
+    """The stacks among these predictors, by the instances' ids; `instances` has all of these."""
 
     def __init__(self, predictors: Mapping[int, Predictor]) -> None:
+        self.instances = frozenset(predictors)
         self._places: dict[int, _Place] = {}
         self._known: dict[tuple[tuple[int, ...], int], tuple[Part, ...]] = {}
         alike: dict[object, dict[int, CpuPredictor]] = defaultdict(dict)
@@ -65,7 +65,7 @@ class Stacks:
             log.info("%d members of one architecture run as one in batches of up to %d rows", len(group), rows)
             for at, instance in enumerate(group):
                 self._places[instance] = _Place(stack, at, rows)
-        # Above the largest of these sizes nothing changes any more.
+        # Between two of these numbers of rows, parts are the same.
         self._limits = sorted({place.rows for place in self._places.values()})
 
     def parts(self, instances: tuple[int, ...], rows: int) -> tuple[Part, ...]:
@@ -105,7 +105,7 @@ def _quicker_up_to(stack: CpuStack, members: Sequence[CpuPredictor]) -> int:
     most = min(member.batch_size for member in members)
     quicker = 0
     for rows in sorted({min(rows, most) for rows in TIMED_ROWS}):
-        batch = _trial(members[0], rows)
+        batch = members[0].fitted.arrays(rows)
         try:
             if not _agrees(stack, members, batch) or not _is_quicker(stack, members, batch):
                 break
@@ -115,12 +115,6 @@ def _quicker_up_to(stack: CpuStack, members: Sequence[CpuPredictor]) -> int:
         quicker = rows
     # Larger batches than the largest that is timed are like it.
     return most if quicker == min(most, TIMED_ROWS[-1]) else quicker
-
-
-def _trial(member: CpuPredictor, rows: int) -> list[Array]:
-    fitted = member.fitted
-    tensors = dict(zip(fitted.input_order, fitted.rows(rows), strict=True))
-    return [host_array(tensors[i]) for i in range(len(tensors))]
 
 
 def _agrees(stack: CpuStack, members: Sequence[CpuPredictor], batch: Sequence[Array]) -> bool:

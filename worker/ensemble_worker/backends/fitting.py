@@ -14,7 +14,7 @@ from ensemble_contract.tensors import TensorSpec
 from ensemble_worker.backends import forms
 from ensemble_worker.backends.loaded import Call, Loaded
 from ensemble_worker.backends.stacking import Layers
-from ensemble_worker.backends.tensors import DTYPES, describe, shares_memory, trial_inputs, unpacker
+from ensemble_worker.backends.tensors import DTYPES, Array, describe, host_array, shares_memory, trial_inputs, unpacker
 from ensemble_worker.errors import InvalidModel
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,11 @@ class Fitted:
     def rows(self, count: int) -> list[torch.Tensor]:
         """So many rows like those of `trial`."""
         return _resized(self.trial, count)
+
+    def arrays(self, count: int) -> list[Array]:
+        """The same as an array for each declared input."""
+        tensors = dict(zip(self.input_order, self.rows(count), strict=True))
+        return [host_array(tensors[i]) for i in range(len(tensors))]
 
 
 def fit(

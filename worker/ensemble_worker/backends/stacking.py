@@ -74,9 +74,6 @@ class Stack:
 
 def layers_of(graph: fx.GraphModule) -> Layers | None:
     """The layers of a graph of tensors, None where it cannot be stacked, or is too large for it to be worth while."""
-    size = sum(tensor.untyped_storage().nbytes() for tensor in graph.buffers())
-    if size > MAX_BYTES:
-        return None
     try:
         return _Stacking(graph).layers()
     except _NotStackable:
@@ -108,7 +105,9 @@ class _Stacking:
                 self._made.output(tuple(self._stacked_value(value) for value in node.args[0]))
         if self._roles.keys() != held.keys():
             raise _NotStackable
-        tensors = tuple(self._module.get_buffer(str(node.target)) for node in held)
+        tensors = tuple(self._tensor(str(node.target)) for node in held)
+        if sum(tensor.nbytes for tensor in tensors) > MAX_BYTES:
+            raise _NotStackable
         shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
         return Layers(
             f"{self._module.code}\n{shapes}",
@@ -116,6 +115,15 @@ class _Stacking:
             tuple(self._roles[node] for node in held),
             fx.GraphModule(torch.nn.Module(), self._made).forward,
         )
+
+    def _tensor(self, target: str) -> torch.Tensor:
+        """What a graph refers to by a path of attributes; a parameter in a graph that torch has read."""
+        found: object = self._module
+        for name in target.split("."):
+            found = getattr(found, name)
+        if not isinstance(found, torch.Tensor):
+            raise _NotStackable
+        return found.detach()
 
     def _call(self, node: fx.Node, held: dict[fx.Node, None]) -> fx.Node:
         if any(given in held for given in node.all_input_nodes):
@@ -157,7 +165,7 @@ def _is_alike_for_each_member(node: fx.Node) -> bool:
     if node.target in OF_ONE or node.target in OF_TWO:
         return True
     if node.target is aten.dropout.default:
-        return node.args[2] is False
+        return node.args[2:] == (False,)
     return node.target in OF_CLASSES and node.args[1:2] == (-1,)
 
 
