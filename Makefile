@@ -70,9 +70,8 @@ test-compiled: $(COMPILED)/.installed  ## Run the data plane's tests against the
 
 .PHONY: bench
 bench: $(VENV)/.installed-dev models  ## Measure serving against the raw bound, compiled where it can be; ARGS goes to the benchmark
-	@if lacking=$$($(CAN_COMPILE) 2>&1); then $(MAKE) --no-print-directory compiled; \
-	else echo "the plain modules are measured, for $$lacking" >&2; fi
-	@if $(CAN_COMPILE) 2>/dev/null; then export PYTHONPATH=$(abspath $(COMPILED)); fi; \
+	@if lacking=$$($(CAN_COMPILE) 2>&1); then $(MAKE) --no-print-directory compiled; export PYTHONPATH=$(abspath $(COMPILED)); \
+	else echo "the plain modules are measured, for $$lacking" >&2; fi; \
 	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 .PHONY: verify

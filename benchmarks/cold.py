@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import preparation, workloads
+from benchmarks.raw_process import run_all
 from ensemble_worker import devices, predictor
 from ensemble_worker.stacks import Stacks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from benchmarks.workloads import Array, Workload
+    from benchmarks.workloads import Workload
 
 GAPS_MS = (0.0, 0.5, 1.0, 2.0)
 ROWS = (1, 8, 128)
@@ -73,16 +74,9 @@ class Members:
                 if gap_s:
                     time.sleep(gap_s)
                 started = time.perf_counter()
-                self._run(batch)
+                run_all(self._members, self._stacks, batch)
                 took.append(time.perf_counter() - started)
         return statistics.median(took)
-
-    def _run(self, batch: list[Array]) -> None:
-        for positions, run in self._stacks.parts(tuple(range(len(self._members))), len(batch[0])):
-            if run is None:
-                self._members[positions[0]].run(batch)
-            else:
-                run(batch)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

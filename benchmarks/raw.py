@@ -4,7 +4,8 @@ Definition. A **layout** is P processes of T threads, P·T at most the cores; ei
 the members are divided over the processes (longest first, by measured time). R rows are in flight. A process that
 holds all members takes 1/P of the R rows through all of them; with divided members each process takes all R rows
 through its own. It does so in batches of B rows, with its input at hand, through `ensemble_worker.predictor` as a
-worker does, and drops the results: nothing is received, copied, combined or sent.
+worker does (members that it would stack are stacked), and drops the results: nothing is received, copied, combined or
+sent. The **plain** bound is the same with members as `torch.export.load` gives them, one after the other.
 
 * With **one client** the next request comes after the answer to the last: a round is given out by the first process
   and is over when all have finished (an eventfd each way; for up to 50 µs the waiting side polls it, then it blocks).

@@ -85,7 +85,6 @@ class Process:
         with predictor.running_models():
             # Plain members are none of ours, and never stacked.
             self._stacks = Stacks({i: one for i, one in enumerate(self._members) if not isinstance(one, PlainMember)})
-        self._all = tuple(range(len(self._members)))
         # A GPU runs its co-located members side by side, a CPU device one batch at a time.
         self._threads = ThreadPoolExecutor(len(self._members)) if device.kind == "cuda" else None
         expected = workload.expected_of_members()
@@ -157,11 +156,7 @@ class Process:
             if self._threads is not None:
                 list(self._threads.map(lambda member: member.run(inputs), self._members))  # noqa: B023 (awaited here)
                 continue
-            for positions, run in self._stacks.parts(self._all, len(rows)):
-                if run is None:
-                    self._members[positions[0]].run(inputs)
-                else:
-                    run(inputs)
+            run_all(self._members, self._stacks, inputs)
 
     def _run_free(self, rounds: list[list[Array]], window: ProcessWindow, limit: int) -> ProcessResult:
         count = 0
@@ -197,6 +192,15 @@ class Process:
             os.eventfd_write(done, GO)
             count += 1
         return ProcessResult(count, time.perf_counter() - started)
+
+
+def run_all(members: Sequence[predictor.Predictor | PlainMember], stacks: Stacks, inputs: list[Array]) -> None:
+    """All members on one batch, as a worker's executor runs them; `stacks` has them by their places in `members`."""
+    for positions, run in stacks.parts(tuple(range(len(members))), len(inputs[0])):
+        if run is None:
+            members[positions[0]].run(inputs)
+        else:
+            run(inputs)
 
 
 def _await(descriptor: int) -> int:
