@@ -11,6 +11,7 @@ the time since the latest request without a right answer began, `slowest_s` the 
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import random
 import sys
@@ -22,6 +23,10 @@ PAUSE_S = 0.05
 CONNECT_S = 2.0
 ANSWER_S = 20.0
 WIDTH = 4
+# Each connection has the next port of these, so that none comes again while a node's connection tracking remembers a
+# SYN that nobody answered (120 s): a SYN from the same port would follow it to the same dead pod, whatever the Service
+# says by then. Ports that the kernel chooses do come again, for it begins elsewhere every 10 s.
+PORTS = itertools.cycle(range(32768, 61000))
 
 
 class Tally:
@@ -71,7 +76,7 @@ class Tally:
 def connected(host: str) -> http.client.HTTPConnection:
     """A connection, at the second attempt at the latest; raises OSError."""
     for attempt in (1, 2):
-        connection = http.client.HTTPConnection(host, 8000, timeout=CONNECT_S)
+        connection = http.client.HTTPConnection(host, 8000, timeout=CONNECT_S, source_address=("", next(PORTS)))
         try:
             connection.connect()
             return connection

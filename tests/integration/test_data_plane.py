@@ -1,6 +1,7 @@
 """The data plane from socket to socket: answers are the combination, rows stay with their request, errors apart."""
 
 import asyncio
+import contextlib
 import json
 import random
 import sys
@@ -16,6 +17,7 @@ from tritonclient.utils import InferenceServerException
 from ensemble_contract.plan import RULES, GatewayPlan
 from ensemble_gateway.gateway import Gateway, StalePlan
 from tests.support.data_plane import GatewayProcess, LocalGateway, Workers, gateway_process, serving, wait_until
+from tests.support.descriptors import soft_limit
 from tests.support.http_client import Array, Client, get, infer, infer_json, post, rows
 from tests.support.plane_members import MLPS, TIMES, UNLUCKY, mlp_outputs
 
@@ -255,6 +257,18 @@ async def test_clients_that_hang_up_leave_nothing(gateway: GatewayProcess) -> No
     async with await gateway.connect() as client:
         np.testing.assert_allclose((await client.ask(infer(rows(1)))).y(), mlp_outputs(rows(1)).mean(0), rtol=1e-4)
     assert gateway.state()["failures"].get("CANCELED", 0) > 0
+
+
+async def test_more_clients_than_the_soft_limit_of_descriptors(workers: Workers, tmp_path: Path) -> None:
+    """A shell's or container's limit of 1,024, smaller here, is the least that a server may have, not the most."""
+    with soft_limit(256):
+        gateway = GatewayProcess(tmp_path, workers.plan(*TIMES))
+    async with contextlib.AsyncExitStack() as connected:
+        connected.callback(gateway.end)
+        gateway.wait_ready()
+        clients = [await connected.enter_async_context(await gateway.connect()) for _ in range(400)]
+        for client in clients:
+            assert (await client.ask(infer(rows(1)))).status == 200
 
 
 @pytest.mark.slow

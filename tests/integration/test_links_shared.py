@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from ensemble_gateway.links import shared
+from tests.support.descriptors import descriptors_left, open_descriptors
 from tests.support.link_members import BIG_INPUTS, INSTANCES
-from tests.support.link_pairs import BATCH_ROWS, gateway, mapped, open_descriptors, running, worker_at, worker_process
+from tests.support.link_pairs import BATCH_ROWS, Gateway, gateway, mapped, running, worker_at, worker_process
 from tests.support.link_strangers import (
     RING,
     shared_link,
@@ -98,6 +99,27 @@ async def test_slots_are_reused_while_batches_are_in_flight(path: Path) -> None:
             await owner.until(lambda: not owner.in_flight)
         assert owner.wrong == []
         assert owner.checked_rows >= 100 * 9
+
+
+@pytest.mark.parametrize("free", range(7))
+async def test_a_gateway_without_descriptors_tries_again(path: Path, free: int) -> None:
+    """Its socket, two doorbells, memory and a mapping of it need five, of which so many are there at first."""
+    with worker_process(f"unix:{path}"):
+        async with gateway(shared_link(path)) as first:
+            await first.run(1)
+        del first
+        gc.collect()
+        owner = Gateway()
+        try:
+            link = owner.link = shared_link(path)(owner)
+            before = open_descriptors()
+            with descriptors_left(free):
+                link.start()
+            assert (open_descriptors() == before) == (free < 5)
+            await owner.until(lambda: bool(owner.states))
+            await owner.run(20)
+        finally:
+            owner.close()
 
 
 async def test_worker_that_leaves_is_lost_once_and_found_again(path: Path) -> None:

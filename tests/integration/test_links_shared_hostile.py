@@ -17,8 +17,9 @@ from ensemble_contract import wire
 from ensemble_contract.layout import StoreLayout, result_offsets
 from ensemble_contract.ring import HEADER_BYTES, Ring
 from ensemble_gateway.links.shared import ARENA_BYTES, RING_BYTES
+from tests.support.descriptors import open_descriptors
 from tests.support.link_members import INPUTS, INSTANCES, OUTPUTS
-from tests.support.link_pairs import DEADLINE_S, Gateway, gateway, open_descriptors, running, worker_at
+from tests.support.link_pairs import DEADLINE_S, Gateway, gateway, running, worker_at
 from tests.support.link_strangers import (
     ARENA,
     HOSTILE_RUNS,

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import mmap
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import zmq
 from ensemble_contract import wire
 from ensemble_contract.keys import KeyFiles
 from ensemble_gateway.links import HEARTBEAT_S, SILENCE_S
+from tests.support.descriptors import open_descriptors
 from tests.support.link_members import BIG_INPUTS, INSTANCES
 from tests.support.link_pairs import (
     BATCH_ROWS,
@@ -24,7 +26,6 @@ from tests.support.link_pairs import (
     Gateway,
     free_port,
     gateway,
-    open_descriptors,
     running,
     worker_at,
     worker_process,
@@ -258,6 +259,52 @@ async def test_other_keys_are_refused(
             refused.close()
         await owner.run(20)
         assert owner.lost == []
+
+
+async def test_a_gateway_refused_before_its_first_message_is_let_in_with_other_keys(
+    address: str, linker: Linker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its thread is held up between `connect` and what it says first, for so long that the worker's answer is there."""
+    worker_keys, gateway_keys = key_pairs()
+    unlisted = wrong_keys(gateway_keys)["unlisted"]
+    assert unlisted is not None
+    keys = [unlisted, unlisted, gateway_keys]
+    connect = zmq.Socket.connect
+
+    def connect_and_be_refused(sock: zmq.Socket[bytes], endpoint: str) -> object:
+        connected = connect(sock, endpoint)
+        if sock.type == zmq.DEALER and keys:
+            deadline = time.monotonic() + DEADLINE_S
+            while sock.poll(1, zmq.POLLOUT):
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+        return connected
+
+    monkeypatch.setattr(zmq.Socket, "connect", connect_and_be_refused)
+    worker = worker_at(address, keys=worker_keys)
+    async with running(worker), gateway(linker(address, lambda: keys.pop(0))) as owner:
+        assert "the handshake failed" in caplog.text
+        assert keys == []
+        await owner.run(20)
+
+
+@pytest.mark.parametrize("sockets", [3, 4])
+async def test_a_gateway_without_room_for_a_socket_tries_again(
+    address: str, sockets: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is room for the three of one link: none for another link's first, then none for its monitor's."""
+    with zeromq_links(sockets) as linker:
+        async with running(worker_at(address)):
+            async with gateway(linker(address)):
+                waiting = Gateway()
+                waiting.link = linker(address)(waiting)
+                waiting.link.start()
+                await waiting.until(lambda: "no connection can be opened: Too many open files" in caplog.text)
+            try:
+                await waiting.until(lambda: bool(waiting.states))
+                await waiting.run(20)
+            finally:
+                waiting.close()
 
 
 async def test_a_worker_without_keys_refuses_a_gateway_with_keys(

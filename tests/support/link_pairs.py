@@ -322,10 +322,6 @@ async def gateway(
         made.close()
 
 
-def open_descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 def mapped(name: str) -> int:
     """How many mappings of memory with this name the process has."""
     return Path("/proc/self/maps").read_text().count(f"memfd:{name}")

@@ -40,9 +40,10 @@ Linker = Callable[..., Callable[[Gateway], ZeroMQLink]]
 
 
 @contextlib.contextmanager
-def zeromq_links() -> Iterator[Linker]:
-    """Makes links to an address, all in one ZeroMQ context."""
+def zeromq_links(sockets: int = 1023) -> Iterator[Linker]:
+    """Makes links to an address, all in one ZeroMQ context of at most so many sockets."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, sockets)
 
     def link_to(
         address: str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         drain_delay_s=options.drain_delay_s,
         parent_pid=options.parent_pid,
     )
+    # Each client is a descriptor. The usual soft limit of 1,024 is there for programs that call select().
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         uvloop.run(serve(started))
     except OSError as error:

@@ -46,11 +46,15 @@ class SharedMemory:
     """Anonymous memory with a file descriptor that can be passed to another process."""
 
     def __init__(self, name: str, size: int) -> None:
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, size)
-        # Whoever maps it relies on this: to read behind a file's end is a SIGBUS.
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        self._map = mmap.mmap(self.fd, size)
+        with contextlib.ExitStack() as undo:
+            self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            undo.callback(os.close, self.fd)
+            os.ftruncate(self.fd, size)
+            # Whoever maps it relies on this: to read behind a file's end is a SIGBUS.
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            # It keeps a descriptor of its own.
+            self._map = mmap.mmap(self.fd, size)
+            undo.pop_all()
         self.memory = memoryview(self._map)
 
     def close(self) -> None:
@@ -109,12 +113,14 @@ class SharedLink:
     def start(self) -> None:
         """Connect now, and again every 100 ms until the worker is there."""
         self._retry = None
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        sock = None
         try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
             sock.connect(self._path)
             session = self._session = _Session(sock)
         except OSError:
-            sock.close()
+            if sock is not None:
+                sock.close()
             self._retry = self._loop.call_later(RETRY_S, self.start)
             return
         self._loop.add_reader(sock.fileno(), self._control)
@@ -303,14 +309,18 @@ class _Session:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         ring = aligned(RING_BYTES, mmap.PAGESIZE)
-        self._shared = SharedMemory("ensemble-link", 2 * ring + ARENA_BYTES)
+        with contextlib.ExitStack() as undo:
+            self.to_worker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            undo.callback(os.close, self.to_worker)
+            self.to_gateway = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            undo.callback(os.close, self.to_gateway)
+            self._shared = SharedMemory("ensemble-link", 2 * ring + ARENA_BYTES)
+            undo.pop_all()
         memory = self._shared.memory
         self._to = Ring(memory[:RING_BYTES])
         self.from_worker = Ring(memory[ring : ring + RING_BYTES])
         self.results = memory[2 * ring :]
         self.arena = Arena(ARENA_BYTES)
-        self.to_worker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.to_gateway = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.in_flight: dict[int, _Flight] = {}
         self._backlog: deque[bytes] = deque()
         self._rung = True

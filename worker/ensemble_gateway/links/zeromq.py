@@ -125,10 +125,10 @@ class ZeroMQLink:
                 wire.encode_put(placement.missing_cache),
                 *self._rows(placement.missing_store),
             ]
-            sock.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < COPY_BELOW)
+            _tell(sock, frames, copy=sum(map(len, frames)) < COPY_BELOW)
         self._in_flight[batch.id] = (len(batch.instances), batch.rows, placement.pinned)
         instances = [one.id for one in batch.instances]
-        sock.send(wire.encode_run(batch.id, instances, batch.rows, 0, placement.rows), zmq.NOBLOCK)
+        _tell(sock, [wire.encode_run(batch.id, instances, batch.rows, 0, placement.rows)])
         return True
 
     def _send_blocked(self, sock: zmq.Socket[bytes], cache: CacheMap) -> None:
@@ -151,10 +151,13 @@ class ZeroMQLink:
             return
         ip = found[self._attempts % len(found)]
         self._attempts += 1
-        self._open(f"tcp://[{ip}]:{port}" if ":" in ip else f"tcp://{ip}:{port}")
+        try:
+            self._open(f"tcp://[{ip}]:{port}" if ":" in ip else f"tcp://{ip}:{port}")
+        except zmq.ZMQError as error:
+            self.reset(f"no connection can be opened: {error}")
 
     def _open(self, endpoint: str) -> None:
-        sock: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        self._socket = sock = self._context.socket(zmq.DEALER)
         sock.linger = 0
         sock.sndhwm = sock.rcvhwm = 0
         sock.ipv6 = True
@@ -169,11 +172,10 @@ class ZeroMQLink:
             sock.curve_serverkey = keys.peer_public
         self._monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED | _REFUSED)
         sock.connect(endpoint)
-        self._socket = sock
         self._heard_at = self._loop.time()
         self._loop.add_reader(sock.fileno(), self._drain)
         self._loop.add_reader(self._monitor.fileno(), self._monitored)
-        sock.send(wire.encode_control(wire.Hello(self._gateway)), zmq.NOBLOCK)
+        _tell(sock, [wire.encode_control(wire.Hello(self._gateway))])
         self._beat = self._loop.call_later(HEARTBEAT_S, self._heartbeat)
         self._monitored()
         self.flush()
@@ -187,14 +189,14 @@ class ZeroMQLink:
         if self._connecting is not None:
             self._connecting.cancel()
         sock, monitor, self._socket, self._monitor = self._socket, self._monitor, None, None
-        if sock is not None and monitor is not None:
-            self._loop.remove_reader(sock.fileno())
+        if monitor is not None:
             self._loop.remove_reader(monitor.fileno())
-            # A worker that hears it drops the rows at once; one that is gone holds nothing up.
-            with contextlib.suppress(zmq.ZMQError):
-                sock.send(wire.BYE, zmq.NOBLOCK)
-            sock.disable_monitor()
             monitor.close(0)
+        if sock is not None:
+            self._loop.remove_reader(sock.fileno())
+            sock.disable_monitor()
+            # A worker that hears it drops the rows at once; one that is gone holds nothing up.
+            _tell(sock, [wire.BYE])
             sock.close(GOODBYE_MS)
 
     def _heartbeat(self) -> None:
@@ -203,7 +205,7 @@ class ZeroMQLink:
         if self._loop.time() - self._heard_at > SILENCE_S:
             self.reset(f"nothing was heard from it for {SILENCE_S:.0f} s")
             return
-        self._socket.send(wire.PING, zmq.NOBLOCK)
+        _tell(self._socket, [wire.PING])
         self._beat = self._loop.call_later(HEARTBEAT_S, self._heartbeat)
         self.flush()
 
@@ -278,6 +280,16 @@ class ZeroMQLink:
             self._owner.worker_result(message, outputs)
         if self._blocked and self._socket is not None:
             self._send_blocked(self._socket, self._cache)
+
+
+def _tell(sock: zmq.Socket[bytes], frames: Sequence[bytes | memoryview], *, copy: bool = True) -> None:
+    """Send a message; there is no limit on how many wait.
+
+    A peer that was refused or that broke ZMTP has no queue any more, maybe before the first message: what is told to it
+    then is lost, and the monitor's event, which is on its way, resets the link.
+    """
+    with contextlib.suppress(zmq.Again):
+        sock.send_multipart(frames, zmq.NOBLOCK, copy=copy)
 
 
 def _readable(sock: zmq.Socket[bytes]) -> bool:
