@@ -39,6 +39,27 @@ def test_measurements_converge_and_one_outlier_changes_little() -> None:
     assert latency.expect(8) < 0.16 * 1.7
 
 
+@pytest.mark.parametrize(("rows", "most_s"), [(1, 0.08), (5, 0.1), (16, 0.16 * 2), (100, 1.0 * 2)])
+def test_the_first_batch_of_its_size_is_believed_only_as_far_as_its_neighbours_allow(rows: int, most_s: float) -> None:
+    latency = Latency(8, 0.08)
+    latency.observe(rows, 30.0)
+    assert latency.expect(rows) == pytest.approx(most_s)
+    for _ in range(60):
+        latency.observe(rows, 3 * most_s)
+    assert latency.expect(rows) == pytest.approx(3 * most_s, rel=0.01), "it is learnt when it is seen again"
+
+
+@pytest.mark.parametrize(("rows", "most_s"), [(4, 0.01), (64, 0.08 * 2)])
+def test_what_was_slow_once_is_expected_to_be_quick_again_when_its_neighbours_are(rows: int, most_s: float) -> None:
+    latency = Latency(8, 0.01)
+    for _ in range(20):
+        latency.observe(rows, 5.0)
+    assert latency.expect(rows) > 10 * most_s
+    latency.observe(8, 0.01)
+    assert latency.expect(rows) == pytest.approx(most_s, rel=1e-3)
+    assert latency.expect(8) == pytest.approx(0.01)
+
+
 def test_a_profile_of_nothing_is_corrected_by_the_first_measurements() -> None:
     latency = Latency(8, 0.0)
     assert latency.expect(8) == 0

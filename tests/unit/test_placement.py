@@ -55,6 +55,12 @@ def chosen(offer: Offer | None) -> tuple[str, int] | None:
         (300, (0.01, 0.01), (0, 0), ("w0", 50)),
         (3, (1.0, 0.01), (0, 0.02), None),
         (20, (0.00001, 0.00001), (0, 0), ("w0", 20)),
+        (64, (0.000012, 0.000012), (0, 0.0007), ("w0", 64)),
+        (64, (0.000012, 0.000012), (0, 0.0001), ("w0", 37)),
+        (64, (0.000012, 0.000008), (0, 0.5), ("w0", 64)),
+        (15, (0.00003, 0.00001), (0, 0.0002), ("w1", 15)),
+        (28, (0.00003, 0.00001), (0, 0.0002), ("w1", 28)),
+        (60, (0.00003, 0.00001), (0, 0.0005), ("w1", 60)),
     ],
     ids=str,
 )
@@ -73,6 +79,14 @@ def test_where_more_work_waits_the_rows_of_one_member_stay_together() -> None:
     lanes = lanes_with(lane_of("w0", members=2), lane_of("w1", members=2), members=2)
     assert chosen(lanes.offer(0, 40, 0.5, NOW)) == ("w0", 40)
     assert chosen(lanes.offer(0, 40, 0.8, NOW)) == ("w0", 25)
+
+
+def test_slow_lanes_do_not_share_what_is_too_little_for_each() -> None:
+    lanes = lanes_with(lane_of("w0", 0.00003), lane_of("w1", 0.00003), lane_of("fast", 0.00001))
+    for lane in lanes.by_worker["fast"]:
+        busy(lanes, lane, 0.5)
+    assert chosen(lanes.offer(0, 6, 1.0, NOW)) == ("w0", 6)
+    assert chosen(lanes.offer(0, 60, 1.0, NOW)) == ("w0", 30)
 
 
 def test_a_part_that_would_cost_its_device_too_much_is_not_made() -> None:

@@ -124,7 +124,8 @@ class Assigner:
         most_s = FUSE_FULL_S if is_efficient(instance, rows, expected_s) else FUSE_S
         if expected_s < most_s and len(lane.instances) > 1:
             share_s = fair_share_s(total_s, 1 + self._lanes.idle_beside(lane, instance.member))
-            instances, expected_s = fuse(self._queues, lane, instance, entries, rows, share_s, most_s)
+            hosts = self._lanes.hosts
+            instances, expected_s = fuse(self._queues, hosts, lane, instance, entries, rows, share_s, most_s)
         batch = Batch(next(self._ids), lane, instances, entries, rows, expected_s, now, waited)
         self.batches[batch.id] = batch
         self._lanes.start(batch, now)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import TYPE_CHECKING
 
 from ensemble_gateway.lanes import Instance, Lane
 from ensemble_gateway.queues import Entry, Queues, Request
+
+if TYPE_CHECKING:
+    from ensemble_gateway.placement import Hosts
 
 # Members of one lane that wait with the same rows run as one batch while it is expected to take no longer than this:
 # sending, waking and answering cost as much as a tiny network.
@@ -56,27 +60,39 @@ def fair_share_s(work_s: float, lanes: int) -> float:
 
 
 def fuse(
-    queues: Queues, lane: Lane, first: Instance, entries: list[Entry], rows: int, share_s: float, most_s: float
+    queues: Queues,
+    hosts: Sequence[Hosts],
+    lane: Lane,
+    first: Instance,
+    entries: list[Entry],
+    rows: int,
+    share_s: float,
+    most_s: float,
 ) -> tuple[tuple[Instance, ...], float]:
     """The lane's instances that run these `rows` rows in one go, and the seconds expected of them all.
 
     They are `first` and the members that wait with the same rows, whose rows are taken from their queues: as many as
-    come nearest to `share_s`, and take no longer than `most_s`.
+    come nearest to `share_s`, and take no longer than `most_s`. `hosts` is by member.
     """
     expected_s = first.latency.expect(rows)
     instances = [first]
     if entries[0].alone:
         return (first,), expected_s
+    work_s = hosts[first.member].work_s(lane, first, rows)
     for member, instance in lane.instances.items():
         if instance is first or queues.waiting[member] < rows or rows > instance.batch_size:
             continue
         more_s = instance.latency.expect(rows)
+        if expected_s + more_s > most_s:
+            continue
+        more_work_s = hosts[member].work_s(lane, instance, rows)
         # By half of it: what is expected is never exact, and equal parts shall stay equal.
-        if expected_s + more_s / 2 > share_s or expected_s + more_s > most_s:
+        if work_s + more_work_s / 2 > share_s:
             continue
         if queues.cut_same(member, entries):
             instances.append(instance)
             expected_s += more_s
+            work_s += more_work_s
     return tuple(instances), expected_s
 
 

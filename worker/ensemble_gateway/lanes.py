@@ -21,31 +21,52 @@ PATIENCE_FACTOR = 10.0
 
 _SMOOTHING = 0.2
 _OUTLIER = 4.0
+# A larger batch may cost at most so many times more for each row, by what it needs of a processor's cache.
+_LARGER = 2.0
 _BUCKETS = 40
 
 
 class Latency:
-    """Expected seconds of a batch by its rows: smoothed seconds per row in buckets of powers of two."""
+    """Expected seconds of a batch by its rows: smoothed seconds per row in buckets of powers of two.
 
-    __slots__ = ("_nearest", "_pace", "_seen")
+    What is expected to take long is not tried again. So no bucket is believed to be slower than its neighbours allow:
+    fewer rows take no longer, and more of them hardly longer for each row.
+    """
+
+    __slots__ = ("_above", "_below", "_nearest", "_pace", "_seen")
 
     def __init__(self, rows: int, seconds: float) -> None:
         self._pace = [0.0] * _BUCKETS
         self._seen: list[int] = []
         self._nearest = [0] * _BUCKETS
+        # The next ones that were seen, itself where there is none.
+        self._below = list(range(_BUCKETS))
+        self._above = list(range(_BUCKETS))
         self._first(rows.bit_length(), seconds / rows)
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A batch of `rows` took this long; a single outlier counts as 4 times what was known."""
+        """A batch of `rows` took this long.
+
+        A single outlier counts as 4 times what was known, and the first of a bucket, where a model may compile itself,
+        as what its neighbours allow.
+        """
         bucket = rows.bit_length()
         pace = seconds / rows
-        if self._nearest[bucket] != bucket:
-            self._first(bucket, pace)
-            return
-        known = self._pace[bucket]
-        if known and pace > _OUTLIER * known:
-            pace = _OUTLIER * known
-        self._pace[bucket] = known + _SMOOTHING * (pace - known)
+        nearest = self._nearest[bucket]
+        if nearest != bucket:
+            known = self._pace[nearest]
+            allowed = known * (_LARGER if nearest < bucket else 2.0 ** (nearest - bucket))
+            self._first(bucket, min(pace, allowed) if known else pace)
+        else:
+            known = self._pace[bucket]
+            if known and pace > _OUTLIER * known:
+                pace = _OUTLIER * known
+            self._pace[bucket] = known + _SMOOTHING * (pace - known)
+        pace = self._pace[bucket]
+        below, above = self._below[bucket], self._above[bucket]
+        self._pace[below] = min(self._pace[below], pace * 2.0 ** (bucket - below))
+        if above != bucket:
+            self._pace[above] = min(self._pace[above], pace * _LARGER)
 
     def expect(self, rows: int) -> float:
         """Seconds for `rows`: the bucket's, else in proportion from the nearest bucket that was seen."""
@@ -55,6 +76,8 @@ class Latency:
         self._pace[bucket] = pace
         self._seen.append(bucket)
         self._nearest = [min(self._seen, key=lambda seen: (abs(seen - at), seen)) for at in range(_BUCKETS)]
+        self._below = [max([seen for seen in self._seen if seen < at], default=at) for at in range(_BUCKETS)]
+        self._above = [min([seen for seen in self._seen if seen > at], default=at) for at in range(_BUCKETS)]
 
 
 @dataclass(slots=True, eq=False)

@@ -29,6 +29,8 @@ MAX_PART_COST = 2.0
 CLEARLY = 0.75
 # Of members with more hosts than this, only so many of them are compared.
 FEW = 8
+# Parts of rows are computed with an error below this.
+_ROUNDED = 1e-6
 
 Host = tuple[Lane, Instance]
 Offer = tuple[Lane, Instance, int]
@@ -37,16 +39,18 @@ Offer = tuple[Lane, Instance, int]
 class Hosts:
     """Who can run a member: its lanes by device class, and those open apart.
 
-    `few` lists them where they are few. `reference` is the latency of one of them, to compare members by.
+    `few` lists them where they are few. `reference` is the latency of one of them, of the class `reference_class`, to
+    compare members by.
     """
 
-    __slots__ = ("by_class", "few", "open", "reference")
+    __slots__ = ("by_class", "few", "open", "reference", "reference_class")
 
     def __init__(self) -> None:
         self.by_class: dict[str, dict[Lane, Instance]] = {}
         self.open: dict[str, dict[Lane, Instance]] = {}
         self.few: list[Host] = []
         self.reference: Latency | None = None
+        self.reference_class = ""
 
     def add(self, lane: Lane, instance: Instance) -> None:
         """A lane that is not open yet."""
@@ -74,8 +78,18 @@ class Hosts:
             chosen += [(host, (len(lanes) - len(free)) / len(busy)) for host in busy]
         return chosen
 
+    def work_s(self, lane: Lane, instance: Instance, rows: int) -> float:
+        """The seconds that rows of this host count as where lanes share work.
+
+        They are the same on all lanes of the reference's class. What each of them measures depends on what it was
+        given: members that run together take less than one by itself, and shares that follow from it would stay
+        unequal.
+        """
+        latency = self.reference if lane.device_class == self.reference_class else None
+        return (latency or instance.latency).expect(rows)
+
     def _look_over(self) -> None:
-        first = next(iter(self.by_class.values()), None)
+        self.reference_class, first = next(iter(self.by_class.items()), ("", None))
         self.reference = next(iter(first.values())).latency if first else None
         few = sum(map(len, self.by_class.values())) <= FEW
         self.few = [host for lanes in self.by_class.values() for host in lanes.items()] if few else []
@@ -204,7 +218,7 @@ class Lanes:
             return lane, instance, _even(waiting, instance.batch_size)
         if few:
             level = None if waiting == 1 else _level([(host, 1.0) for host in few], waiting, share, now)
-            return level or self._soonest(few, now)
+            return level or self._soonest(few, waiting, now)
         if len(hosts.open) == 1:
             (opened,) = hosts.open.values()
             lane, instance = _unused(opened)
@@ -214,7 +228,7 @@ class Lanes:
             rows = _even(min(waiting, part), instance.batch_size)
             return lane, instance, _worthwhile(instance, rows, waiting)
         sample = hosts.sample()
-        return _level(sample, waiting, share, now) or self._soonest([host for host, _ in sample], now)
+        return _level(sample, waiting, share, now) or self._soonest([host for host, _ in sample], waiting, now)
 
     def idle_beside(self, lane: Lane, member: int) -> int:
         """How many other lanes with nothing to do can run a member; at most as many as are compared."""
@@ -231,12 +245,12 @@ class Lanes:
         self._reserved.clear()
         self._parts.clear()
 
-    def _soonest(self, hosts: Iterable[Host], now: float) -> Offer | None:
-        """One row for the open lane that is done with it first, unless a busy one is done clearly sooner."""
+    def _soonest(self, hosts: Iterable[Host], waiting: int, now: float) -> Offer | None:
+        """A batch for the open lane that is done with it first, unless a busy one is done clearly sooner."""
         best, best_at, busy, busy_at = None, inf, None, inf
         for host in hosts:
-            lane = host[0]
-            at = host[1].latency.expect(1)
+            lane, instance = host
+            at = instance.latency.expect(min(waiting, instance.batch_size))
             if lane.batches:
                 at += abs(lane.busy_until - now) + lane.reserved_s
             if lane.open:
@@ -247,10 +261,10 @@ class Lanes:
         if best is None:
             return None
         if busy is not None and busy_at < CLEARLY * best_at:
-            busy[0].reserved_s += busy[1].latency.expect(1)
+            busy[0].reserved_s += busy[1].latency.expect(min(waiting, busy[1].batch_size))
             self._reserved.append(busy[0])
             return None
-        return best[0], best[1], 1
+        return best[0], best[1], _even(waiting, best[1].batch_size)
 
 
 def _unused(lanes: dict[Lane, Instance]) -> Host:
@@ -290,13 +304,16 @@ def _level(hosts: list[tuple[Host, float]], waiting: int, share: float, now: flo
     for backlog, _, speed, _, lane, instance in poured:
         if backlog < level and lane.open:
             part = speed * (level - backlog)
-            rows = int(part) if speed < slow else ceil(part - 1e-6)
-            if rows > best_rows:
+            rows = int(part + _ROUNDED) if speed < slow else ceil(part - _ROUNDED)
+            if rows > best_rows and (speed >= slow or rows >= waiting or rows >= MIN_PART_S * speed):
                 best, best_rows, best_speed = (lane, instance), rows, speed
     if best is None:
         return None
     lane, instance = best
     rows = _even(min(best_rows, waiting), instance.batch_size)
+    if best_rows < waiting < best_rows + MIN_PART_S * best_speed:
+        # What is left would be too small a part.
+        rows = _even(waiting, instance.batch_size)
     return lane, instance, rows if best_speed < slow else _worthwhile(instance, rows, waiting)
 
 

@@ -7,13 +7,14 @@ comes before the first layer and has no weights is done once for all.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from ensemble_worker.backends.loaded import Call
+from ensemble_worker.backends.scripting import scripted
 
 aten = torch.ops.aten
 
@@ -40,21 +41,21 @@ class _NotStackable(Exception):
 class Layers:
     """A network that can be stacked with others of its `architecture`.
 
-    `call` takes the inputs and then the stacked `held` tensors, and gives outputs of shape (members, rows, …).
+    `stacked` takes the inputs and then the stacked `held` tensors, and gives outputs of shape (members, rows, …).
     `is_weight` says which of them are a layer's weights, of shape (outputs, inputs); the others are biases.
     """
 
     architecture: str
     held: tuple[torch.Tensor, ...]
     is_weight: tuple[bool, ...]
-    call: Call
+    stacked: fx.Graph
 
 
 class Stack:
     """Networks of one architecture, each with its place: any that stand side by side run as one."""
 
     def __init__(self, networks: Sequence[Layers]) -> None:
-        self._call = networks[0].call
+        self._call = scripted(fx.GraphModule(torch.nn.Module(), copy.deepcopy(networks[0].stacked))).forward
         stacked = [torch.stack(of_all) for of_all in zip(*(network.held for network in networks), strict=True)]
         # As (members, inputs, outputs) and (members, 1, outputs), which is how one product wants them.
         self._held = [
@@ -113,7 +114,7 @@ class _Stacking:
             f"{self._module.code}\n{shapes}",
             tensors,
             tuple(self._roles[node] for node in held),
-            fx.GraphModule(torch.nn.Module(), self._made).forward,
+            self._made,
         )
 
     def _tensor(self, target: str) -> torch.Tensor:
@@ -130,12 +131,19 @@ class _Stacking:
             made = self._linear(node)
         else:
             made = self._made.node_copy(node, self._values.__getitem__)
+            if node.target is aten.relu.default and self._is_layers_own(node):
+                made.target = aten.relu_.default
             if not any(given in self._stacked for given in node.all_input_nodes):
                 return made
             if not _is_alike_for_each_member(node):
                 raise _NotStackable
         self._stacked.add(node)
         return made
+
+    def _is_layers_own(self, node: fx.Node) -> bool:
+        """Whether it alone uses the output of a layer, and may write over it."""
+        (given,) = node.all_input_nodes
+        return given in self._stacked and given.target is aten.linear.default and len(given.users) == 1
 
     def _linear(self, node: fx.Node) -> fx.Node:
         if node.target is not aten.linear.default or node.kwargs:
@@ -150,9 +158,15 @@ class _Stacking:
                 raise _NotStackable
             if self._roles.setdefault(tensor, is_weight) != is_weight:
                 raise _NotStackable
-        layer = _layer if rows in self._stacked else _first_layer
-        given = [self._values[one] if isinstance(one, fx.Node) else None for one in (rows, weight, bias)]
-        return self._made.call_function(layer, tuple(given))
+        given, weights, biases = [
+            self._values[one] if isinstance(one, fx.Node) else None for one in (rows, weight, bias)
+        ]
+        if rows not in self._stacked:
+            members = self._made.call_function(aten.size.int, (weights, 0))
+            given = self._made.call_function(aten.expand.default, (given, (members, -1, -1)))
+        if biases is None:
+            return self._made.call_function(aten.bmm.default, (given, weights))
+        return self._made.call_function(aten.baddbmm.default, (biases, given, weights))
 
     def _stacked_value(self, node: object) -> fx.Node:
         if not isinstance(node, fx.Node) or node not in self._stacked:
@@ -167,13 +181,3 @@ def _is_alike_for_each_member(node: fx.Node) -> bool:
     if node.target is aten.dropout.default:
         return node.args[2:] == (False,)
     return node.target in OF_CLASSES and node.args[1:2] == (-1,)
-
-
-def _first_layer(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """A layer of all members on the same rows, of shape (rows, inputs)."""
-    return _layer(rows.expand(len(weight), -1, -1), weight, bias)
-
-
-def _layer(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """A layer of all members on rows of shape (members, rows, inputs)."""
-    return torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.fx.graph import CodeGen
 
 from ensemble_worker.backends import export_graph, forms, stacking
 from ensemble_worker.backends.loaded import Form, Loaded
+from ensemble_worker.backends.scripting import scripted
 from ensemble_worker.errors import InvalidArchive
 from ensemble_worker.inspect_export import InspectedExport, inspect_export
 from ensemble_worker.signature import Signature, of_export
@@ -82,51 +81,12 @@ def _scripted(graph: torch.fx.GraphModule, images: tuple[bool, ...] | None = Non
     channels_last = images is not None
     module = copy.deepcopy(graph) if channels_last else torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for node in list(module.graph.nodes):
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            _use_scriptable_target(node)
     for node, image in zip(inputs, images or (), strict=False):
         if image:
             _reorder_images(module.graph, node)
-    module.recompile()
     if channels_last:
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return _of_its_own(torch.jit.script(module).eval())
-
-
-def _of_its_own(scripted: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """The same module, read back from its code without its weights, which both share.
-
-    Whatever torch.jit.script makes in a process belongs to one compilation unit that lives as long as the process, and
-    with it the weights that freezing folds into the code; what is read back has a unit of its own.
-    """
-    weights = {
-        (path, name): tensor
-        for path, module in scripted.named_modules()
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    }
-    code = io.BytesIO()
-    originals = dict(scripted.named_modules())
-    for (path, name), tensor in weights.items():
-        originals[path]._c.setattr(name, torch.empty(0, dtype=tensor.dtype))
-    torch.jit.save(scripted, code)
-    code.seek(0)
-    read: torch.jit.ScriptModule = torch.jit.load(code)  # type: ignore[no-untyped-call]
-    modules = dict(read.named_modules())
-    for (path, name), tensor in weights.items():
-        modules[path]._c.setattr(name, tensor.detach())
-    return read.eval()
-
-
-def _use_scriptable_target(node: torch.fx.Node) -> None:
-    """TorchScript resolves overloads itself and knows a few of torch.export's own operators by other names."""
-    target: Any = node.target
-    if target is torch.ops.aten.sym_size.int:
-        node.target = torch.ops.aten.size
-    elif target is torch.ops.aten._assert_tensor_metadata.default:
-        node.graph.erase_node(node)
-    else:
-        node.target = target.overloadpacket
+    return scripted(module)
 
 
 def _reorder_images(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
