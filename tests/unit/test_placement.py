@@ -107,6 +107,23 @@ def test_a_part_that_would_cost_its_device_too_much_is_not_made() -> None:
     assert chosen(lanes.offer(0, 32, 1.0, NOW)) == ("w0", 32), "a batch takes as long whatever its rows"
 
 
+def test_members_are_compared_by_what_all_lanes_of_a_class_have_measured() -> None:
+    cpus = [lane_of("w0", members=2), lane_of("w1", members=2)]
+    gpu = lane_of("gpu", 0.001, members=2, device_class="gpu")
+    lanes = lanes_with(*cpus, gpu, members=2)
+    for _ in range(60):
+        lanes.observe(cpus[1], cpus[1].instances[0], 64, 0.32)
+        lanes.observe(gpu, gpu.instances[0], 64, 0.032)
+    counted = [lanes.hosts[0].work_s(lane, lane.instances[0], 64) for lane in (*cpus, gpu)]
+    assert counted == pytest.approx([0.32, 0.32, 0.032], rel=0.01)
+    assert cpus[0].instances[0].latency.expect(64) == pytest.approx(0.64), "its own is what it has measured itself"
+    lanes.replace("w0", [])
+    lanes.replace("w1", [])
+    assert lanes.hosts[0].work_s(gpu, gpu.instances[0], 64) == pytest.approx(0.032, rel=0.01)
+    lanes.replace("gpu", [])
+    assert lanes.hosts[0].reference is None
+
+
 def test_rows_that_wait_for_a_busy_lane_count_as_its_work_until_the_round_ends() -> None:
     slow, fast = lane_of("slow", 0.10, members=4), lane_of("fast", 0.03, members=4)
     lanes = lanes_with(slow, fast, members=4)

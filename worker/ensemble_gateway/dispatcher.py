@@ -182,7 +182,7 @@ class Dispatcher:
         """A batch's outputs are kept; returns the requests that are finished by it. `compute_s` is by instance."""
         ran = 0
         for instance, seconds in zip(batch.instances, compute_s, strict=True):
-            instance.latency.observe(batch.rows, seconds)
+            self._lanes.observe(batch.lane, instance, batch.rows, seconds)
             ran |= 1 << instance.member
         finished = []
         for request, _, rows, _, _ in batch.entries:

@@ -39,8 +39,9 @@ Offer = tuple[Lane, Instance, int]
 class Hosts:
     """Who can run a member: its lanes by device class, and those open apart.
 
-    `few` lists them where they are few. `reference` is the latency of one of them, of the class `reference_class`, to
-    compare members by.
+    `few` lists them where they are few. `reference` is what all lanes of one class, `reference_class`, have measured:
+    members are compared by it. What a single lane has measured depends on what it was given: members that run together
+    take less than one by itself, and shares that followed from it would stay unequal.
     """
 
     __slots__ = ("by_class", "few", "open", "reference", "reference_class")
@@ -79,18 +80,18 @@ class Hosts:
         return chosen
 
     def work_s(self, lane: Lane, instance: Instance, rows: int) -> float:
-        """The seconds that rows of this host count as where lanes share work.
-
-        They are the same on all lanes of the reference's class. What each of them measures depends on what it was
-        given: members that run together take less than one by itself, and shares that follow from it would stay
-        unequal.
-        """
+        """The seconds that rows of this host count as where lanes share work, alike on all of the reference's class."""
         latency = self.reference if lane.device_class == self.reference_class else None
         return (latency or instance.latency).expect(rows)
 
     def _look_over(self) -> None:
-        self.reference_class, first = next(iter(self.by_class.items()), ("", None))
-        self.reference = next(iter(first.values())).latency if first else None
+        first = next(iter(self.by_class.items()), None)
+        if first is None:
+            self.reference = None
+        elif self.reference is None or self.reference_class not in self.by_class:
+            self.reference_class, lanes = first
+            instance = next(iter(lanes.values()))
+            self.reference = Latency(instance.batch_size, instance.latency.expect(instance.batch_size))
         few = sum(map(len, self.by_class.values())) <= FEW
         self.few = [host for lanes in self.by_class.values() for host in lanes.items()] if few else []
 
@@ -151,6 +152,13 @@ class Lanes:
         """A batch is no longer with its lane."""
         batch.lane.finish(batch, now)
         self._look(batch.lane, now)
+
+    def observe(self, lane: Lane, instance: Instance, rows: int, seconds: float) -> None:
+        """A batch of `rows` took this long on an instance of the lane."""
+        instance.latency.observe(rows, seconds)
+        hosts = self.hosts[instance.member]
+        if hosts.reference is not None and lane.device_class == hosts.reference_class:
+            hosts.reference.observe(rows, seconds)
 
     def ripen(self, now: float) -> None:
         """Open the lanes that are expected to be free soon."""
