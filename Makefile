@@ -61,7 +61,7 @@ $(COMPILED)/.installed: pyproject.toml hatch_build.py constraints.txt $(shell fi
 	@rm -rf $(COMPILED)/ensemble_operator $(COMPILED)/bin && touch $@
 
 DATA_PLANE := cache_map combiner deadlines dispatcher* gather lanes metrics placement queues replies ring rowstore \
-    data_plane device_rows edge* executor* faults links* plan_changes predictor
+    data_plane device_rows edge* executor* faults gateway_clients links* plan_changes predictor stacks
 .PHONY: test-compiled
 test-compiled: $(COMPILED)/.installed  ## Run the data plane's tests against the compiled modules; ARGS goes to pytest
 	@export PYTHONPATH=$(abspath $(COMPILED)); \

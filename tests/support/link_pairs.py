@@ -26,7 +26,7 @@ from ensemble_contract.wire import Failed, FailureCode, LiveInstance, Result, St
 from ensemble_gateway.batches import Batch
 from ensemble_gateway.lanes import Instance, Lane, Latency
 from ensemble_gateway.links import Link
-from ensemble_gateway.links.shared import SharedMemory
+from ensemble_gateway.links.memory import SharedMemory
 from ensemble_gateway.queues import Entry, Request
 from ensemble_gateway.rowstore import RowStore
 from ensemble_worker.gather import HostRows

@@ -19,8 +19,9 @@ from ensemble_contract.keys import KeyFiles
 from ensemble_contract.layout import StoreLayout
 from ensemble_contract.plan import WorkerAddress
 from ensemble_contract.ring import HEADER_BYTES, Ring
+from ensemble_gateway.links.memory import SharedMemory
 from ensemble_gateway.links.resolver import Resolver, addresses_of
-from ensemble_gateway.links.shared import SharedLink, SharedMemory
+from ensemble_gateway.links.shared import SharedLink
 from ensemble_gateway.links.zeromq import ZeroMQLink
 from tests.support.link_members import INPUTS
 from tests.support.link_pairs import DEADLINE_S, NAME, Gateway, NumpyWorker

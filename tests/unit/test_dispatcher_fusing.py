@@ -314,13 +314,3 @@ def test_parts_stay_equal_where_one_lane_was_given_members_together_and_the_othe
         ledger.update(State(worker, 1, live, True, 2))
     admitted(ledger, wanted=0b1111)
     assert sorted(len(batch.instances) for batch in ledger.assign()) == [2, 2]
-
-
-def test_a_lane_of_another_class_takes_what_it_can_do_in_its_share_of_the_time() -> None:
-    ledger = Ledger(4)
-    for worker, device_class, seconds, first in (("w0", "gpu", 0.00003, 0), ("w1", "cpu", 0.0003, 100)):
-        live = tuple(LiveInstance(first + m, *ledger.members[m], 8, 8 * seconds) for m in range(4))
-        ledger.update(State(worker, 1, live, True, 2, device_class=device_class))
-    admitted(ledger, 5, wanted=0b1111)
-    shared = [(batch.lane.worker, len(batch.instances)) for batch in ledger.assign()]
-    assert dict(shared).get("w1", 0) <= 1, shared

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ensemble_contract.errors import ProtocolError
 from ensemble_contract.ring import HEADER_BYTES, Ring
-from ensemble_gateway.links.shared import SharedMemory
+from ensemble_gateway.links.memory import SharedMemory
 
 CAPACITY = 1024
 

@@ -19,7 +19,7 @@ from ensemble_contract.plan import GatewayPlan, WorkerAddress
 from ensemble_gateway.columns import MAX_COLUMNS
 from ensemble_gateway.dispatcher import Dispatcher
 from ensemble_gateway.links import Link, LinkOwner
-from ensemble_gateway.links.shared import SharedMemory
+from ensemble_gateway.links.memory import SharedMemory
 from ensemble_gateway.pipeline import Pipeline
 from ensemble_gateway.queues import Entry, Request
 from ensemble_gateway.request import Array

@@ -19,8 +19,9 @@ from ensemble_contract.keys import KeyFiles
 from ensemble_contract.plan import GatewayPlan, WorkerAddress
 from ensemble_gateway.engine import Engine
 from ensemble_gateway.links import Link, LinkOwner
+from ensemble_gateway.links.memory import SharedMemory
 from ensemble_gateway.links.resolver import Resolver
-from ensemble_gateway.links.shared import SharedLink, SharedMemory
+from ensemble_gateway.links.shared import SharedLink
 from ensemble_gateway.links.zeromq import ZeroMQLink
 from ensemble_gateway.pipeline import Pipeline
 from ensemble_gateway.request import RequestError

@@ -153,7 +153,7 @@ class ZeroMQLink:
         self._attempts += 1
         try:
             self._open(f"tcp://[{ip}]:{port}" if ":" in ip else f"tcp://{ip}:{port}")
-        except zmq.ZMQError as error:
+        except (OSError, zmq.ZMQError) as error:
             self.reset(f"no connection can be opened: {error}")
 
     def _open(self, endpoint: str) -> None:
@@ -189,15 +189,17 @@ class ZeroMQLink:
         if self._connecting is not None:
             self._connecting.cancel()
         sock, monitor, self._socket, self._monitor = self._socket, self._monitor, None, None
+        if sock is not None:
+            self._loop.remove_reader(sock.fileno())
+            # A worker that hears it drops the rows at once; one that is gone holds nothing up.
+            with contextlib.suppress(zmq.ZMQError):
+                sock.send(wire.BYE, zmq.NOBLOCK)
+            # Before its peer is closed: libzmq waits until an event can be sent.
+            sock.disable_monitor()
+            sock.close(GOODBYE_MS)
         if monitor is not None:
             self._loop.remove_reader(monitor.fileno())
             monitor.close(0)
-        if sock is not None:
-            self._loop.remove_reader(sock.fileno())
-            sock.disable_monitor()
-            # A worker that hears it drops the rows at once; one that is gone holds nothing up.
-            _tell(sock, [wire.BYE])
-            sock.close(GOODBYE_MS)
 
     def _heartbeat(self) -> None:
         if self._socket is None:

@@ -36,7 +36,7 @@ def _use_scriptable_target(node: fx.Node) -> None:
         node.target = target.overloadpacket
 
 
-def _of_its_own(scripted: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+def _of_its_own(made: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     """The same module, read back from its code without its weights, which both share.
 
     Whatever torch.jit.script makes in a process belongs to one compilation unit that lives as long as the process, and
@@ -44,14 +44,14 @@ def _of_its_own(scripted: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     """
     weights = {
         (path, name): tensor
-        for path, module in scripted.named_modules()
+        for path, module in made.named_modules()
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     }
     code = io.BytesIO()
-    originals = dict(scripted.named_modules())
+    originals = dict(made.named_modules())
     for (path, name), tensor in weights.items():
         originals[path]._c.setattr(name, torch.empty(0, dtype=tensor.dtype))
-    torch.jit.save(scripted, code)
+    torch.jit.save(made, code)
     code.seek(0)
     read: torch.jit.ScriptModule = torch.jit.load(code)  # type: ignore[no-untyped-call]
     modules = dict(read.named_modules())

@@ -74,7 +74,7 @@ def _has_convolutions(graph: torch.fx.GraphModule) -> bool:
 
 
 def _scripted(graph: torch.fx.GraphModule, images: tuple[bool, ...] | None = None) -> torch.jit.ScriptModule:
-    """The graph as TorchScript, which keeps symbolic sizes (tracing would freeze them).
+    """A copy of the graph as TorchScript.
 
     `images` says which inputs are put in channels-last order, and that the weights are; None leaves all as it is.
     """
