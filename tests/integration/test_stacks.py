@@ -53,6 +53,13 @@ class Normalised(nn.Module):
         return torch.log_softmax(self.last(hidden), -1)
 
 
+def bottleneck() -> nn.Module:
+    """Narrow layers first, in the middle and last, with a bias and without."""
+    return nn.Sequential(
+        nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3, bias=False), nn.Linear(3, 1)
+    )
+
+
 class TiedWeights(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -85,9 +92,12 @@ def mlps(tmp_path: Path) -> list[CpuPredictor]:
     return [_load(models.export_mlp(tmp_path / f"m{seed}.pt2", seed=seed, hidden=32)) for seed in range(4)]
 
 
-def test_a_perceptron_with_all_that_people_put_into_one_is_stacked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", [Normalised, bottleneck])
+def test_a_perceptron_with_all_that_people_put_into_one_is_stacked(
+    tmp_path: Path, module: Callable[[], nn.Module]
+) -> None:
     torch.manual_seed(1)
-    graphs = [_graph(tmp_path / f"{one}.pt2", Normalised(), 64) for one in range(3)]
+    graphs = [_graph(tmp_path / f"{one}.pt2", module(), 64) for one in range(3)]
     networks = [stacking.layers_of(graph) for graph in graphs]
     assert all(networks)
     assert len({one.architecture for one in networks if one}) == 1
@@ -137,12 +147,10 @@ def test_any_neighbours_answer_as_each_of_them_does(mlps: list[CpuPredictor]) ->
     for count in (1, 5, 16):
         x = np.random.default_rng(count).standard_normal((count, 64), np.float32)
         for first, end in ((0, 4), (1, 3), (3, 4)):
-            answers = stack.run([x], first, end)
-            assert len(answers) == end - first
-            for got, member in zip(answers, mlps[first:end], strict=True):
-                (wanted,) = member.run([x])
-                assert got[0].flags.c_contiguous
-                np.testing.assert_allclose(got[0], wanted, rtol=1e-5, atol=1e-6)
+            (output,) = stack.run([x], first, end)
+            assert output.flags.c_contiguous
+            for got, member in zip(output, mlps[first:end], strict=True):
+                np.testing.assert_allclose(got, member.run([x])[0], rtol=1e-5, atol=1e-6)
 
 
 def test_instances_of_a_batch_run_with_their_neighbours(mlps: list[CpuPredictor]) -> None:
@@ -158,11 +166,13 @@ def test_instances_of_a_batch_run_with_their_neighbours(mlps: list[CpuPredictor]
     # 15 came after the stacks were made.
     assert positions(15, 11, 12) == [(0,), (1, 2)]
     x = np.ones((3, 64), np.float32)
-    (part,) = made.parts((13, 12), 3)
-    assert part.positions == (1, 0)
-    assert part.run is not None
-    for got, member in zip(part.run([x]), (mlps[1], mlps[2]), strict=True):
-        np.testing.assert_allclose(got[0], member.run([x])[0], rtol=1e-5, atol=1e-6)
+    wanted = [member.run([x])[0] for member in mlps[1:3]]
+    for instances, where, pieces in (((13, 12), (1, 0), wanted), ((12, 13), (0, 1), [np.stack(wanted)])):
+        (part,) = made.parts(instances, 3)
+        assert part.positions == where
+        assert part.run is not None
+        for got, piece in zip(part.run([x]), pieces, strict=True):
+            np.testing.assert_allclose(got[0], piece, rtol=1e-5, atol=1e-6)
 
 
 def test_a_stack_runs_batches_for_which_it_is_quicker(
@@ -188,7 +198,9 @@ def test_members_of_other_shapes_or_activations_run_apart(tmp_path: Path) -> Non
 
 
 def test_a_stack_that_answers_otherwise_is_not_used(mlps: list[CpuPredictor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CpuStack, "run", lambda self, inputs, first, end: [member.run(inputs) for member in mlps[::-1]])
+    monkeypatch.setattr(
+        CpuStack, "run", lambda self, inputs, first, end: [np.stack([member.run(inputs)[0] for member in mlps[::-1]])]
+    )
     assert len(Stacks(dict(enumerate(mlps))).parts((0, 1, 2, 3), 1)) == 4
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from ensemble_contract.wire import LiveInstance, State
 from ensemble_gateway.batches import FUSE_FULL_S, FUSE_S, SHARE_S, fair_share_s
+from ensemble_gateway.placement import HORIZON_S
 from tests.support.dispatch_ledger import Ledger, admitted, given, given_together, hosting, member_of
 
 TINY_S = 0.00001
@@ -52,13 +53,17 @@ def test_what_takes_longer_than_the_limit_is_not_added() -> None:
 def test_a_full_batch_may_take_longer() -> None:
     ledger = ledger_with("w0", row_s=FUSE_FULL_S * 0.3 / 8)
     admitted(ledger, 8)
-    assert given_together(ledger.assign()) == [("w0", (0, 1, 2), 8), ("w0", (3,), 8)]
+    assert given_together(ledger.assign()) == [("w0", (0, 1, 2), 8)]
+    ledger.now += FUSE_FULL_S - HORIZON_S
+    assert given_together(ledger.assign()) == [("w0", (3,), 8)]
 
 
 def test_a_large_batch_that_is_as_efficient_as_a_full_one_may_take_longer_too() -> None:
     ledger = ledger_with("w0", row_s=FUSE_FULL_S * 0.3 / 7)
     admitted(ledger, 7)
-    assert given_together(ledger.assign()) == [("w0", (0, 1, 2), 7), ("w0", (3,), 7)]
+    assert given_together(ledger.assign()) == [("w0", (0, 1, 2), 7)]
+    ledger.now += FUSE_FULL_S - HORIZON_S
+    assert given_together(ledger.assign()) == [("w0", (3,), 7)]
 
 
 def test_a_batch_that_more_rows_would_make_more_efficient_may_not() -> None:
@@ -314,3 +319,25 @@ def test_parts_stay_equal_where_one_lane_was_given_members_together_and_the_othe
         ledger.update(State(worker, 1, live, True, 2))
     admitted(ledger, wanted=0b1111)
     assert sorted(len(batch.instances) for batch in ledger.assign()) == [2, 2]
+
+
+@pytest.mark.parametrize("longest", ALL)
+def test_parts_of_several_members_lie_side_by_side_in_the_order_of_their_ids(longest: int) -> None:
+    """Workers can run neighbours as one, whichever of them has to be first."""
+    ledger = Ledger(4)
+    for worker, first in (("w0", 0), ("w1", 100)):
+        live = tuple(
+            LiveInstance(first + m, *ledger.members[m], 8, 8 * (0.0003 + 0.00001 * (m == longest))) for m in ALL
+        )
+        ledger.update(State(worker, 1, live, True, 2))
+    admitted(ledger, wanted=0b1111)
+    batches = ledger.assign()
+    assert sorted(tuple(one.member for one in batch.instances) for batch in batches) == [(0, 1), (2, 3)]
+
+
+def test_a_part_that_is_no_equal_share_lies_side_by_side_too() -> None:
+    ledger = Ledger(4)
+    live = tuple(LiveInstance(m, *ledger.members[m], 8, 8 * FUSE_S * (0.3 + 0.01 * (m == 3))) for m in ALL)
+    ledger.update(State("w0", 1, live, True, 2))
+    admitted(ledger, wanted=0b1111)
+    assert given_together(ledger.assign()) == [("w0", (1, 2, 3), 1), ("w0", (0,), 1)]

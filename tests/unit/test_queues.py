@@ -119,6 +119,19 @@ QueuesMachine.TestCase.settings = settings(max_examples=200, stateful_step_count
 TestQueues = QueuesMachine.TestCase
 
 
+def test_an_entry_that_would_have_to_be_alone_ends_no_batch_once_its_request_is_finished() -> None:
+    queues = Queues(1)
+    lonely, *others = (Request(1, ((slot, 1),), 1, 1, None) for slot in range(3))
+    for request in (others[0], lonely, others[1]):
+        queues.add(request)
+    queues.spread()
+    first, second, third = queues.cut(0, 3)
+    queues.put_back(0, [first, second._replace(alone=True), third])
+    lonely.closed = True
+    queues.forget(lonely)
+    assert [entry.request for entry in queues.cut(0, 2)] == others
+
+
 def test_entries_that_have_to_be_alone_are_cut_alone_and_in_order() -> None:
     queues = Queues(1)
     first, second, third = (Request(2, ((10 * index, 2),), 1, 1, None) for index in range(3))

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ensemble_contract.layout import StoreLayout
 from ensemble_contract.tensors import TensorSpec
-from ensemble_gateway.rowstore import LONG_RUN, Ranges, RowStore, SlotAllocator, slots_of, slots_within
+from ensemble_gateway.rowstore import LONG_RANGE, LONG_RUN, Ranges, RowStore, SlotAllocator, slots_of, slots_within
 
 SLOTS = 4 * LONG_RUN + 3
 
@@ -126,7 +126,7 @@ class NaiveStore:
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_rows_are_where_a_naive_store_has_them(data: st.DataObject) -> None:
-    slots = 40
+    slots = 8 * LONG_RANGE
     store = make_store(slots)
     random = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
     naive = NaiveStore(

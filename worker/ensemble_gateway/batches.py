@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FUSE_S = 0.001
 # And so long with this share of the rows that they may have, or more, where a row costs at most so many times what it
 # costs in a full batch: such a batch would hardly become more efficient by waiting for more.
-FUSE_FULL_S = 0.004
+FUSE_FULL_S = 0.008
 LARGE_SHARE = 1 / 4
 EFFICIENT = 1.5
 # Where other lanes are idle, they share such work in equal parts of at least this: below, a message costs more than it
@@ -72,19 +72,26 @@ def fuse(
     """The lane's instances that run these `rows` rows in one go, and the seconds expected of them all.
 
     They are `first` and the members that wait with the same rows, whose rows are taken from their queues: as many as
-    come nearest to `share_s`, and take no longer than `most_s`. `hosts` is by member.
+    come nearest to `share_s`, and take no longer than `most_s`; in the order of their ids. `hosts` is by member.
     """
     expected_s = first.latency.expect(rows)
     instances = [first]
     if entries[0].alone:
         return (first,), expected_s
     work_s = hosts[first.member].work_s(lane, first, rows)
-    for member, instance in lane.instances.items():
-        if instance is first or queues.waiting[member] < rows or rows > instance.batch_size:
-            continue
+    waiting = [
+        instance
+        for member, instance in lane.instances.items()
+        if instance is first or (queues.waiting[member] >= rows and rows <= instance.batch_size)
+    ]
+    # As many as come near the share, and fit the limit, if all are like the first.
+    share = share_s / work_s + 0.5 if work_s else inf
+    fitting = most_s / expected_s if expected_s else inf
+    for instance in _beside(first, waiting, int(min(share, fitting, len(waiting)))):
         more_s = instance.latency.expect(rows)
         if expected_s + more_s > most_s:
             continue
+        member = instance.member
         more_work_s = hosts[member].work_s(lane, instance, rows)
         # By half of it: what is expected is never exact, and equal parts shall stay equal.
         if work_s + more_work_s / 2 > share_s:
@@ -93,7 +100,19 @@ def fuse(
             instances.append(instance)
             expected_s += more_s
             work_s += more_work_s
+    if len(instances) > 1:
+        instances.sort(key=lambda instance: instance.id)
     return tuple(instances), expected_s
+
+
+def _beside(first: Instance, waiting: list[Instance], many: int) -> list[Instance]:
+    """The others of `waiting`, in the order in which they should go with `first`, where about so many go together.
+
+    Workers run neighbours as one: where all go in parts of so many, each part and what it leaves lie side by side.
+    """
+    at = waiting.index(first)
+    begin = at // many * many if many > 1 else at
+    return waiting[begin:at] + waiting[at + 1 :] + waiting[:begin][::-1]
 
 
 def completed(request: Request, rows: int, instances: Sequence[Instance]) -> int:

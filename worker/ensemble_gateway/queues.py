@@ -149,11 +149,11 @@ class Queues:
         entries: list[Entry] = []
         while rows and queue:
             entry = queue[0]
-            if entry.alone and entries:
-                break
             if entry.request.closed:
                 self._drop(member)
                 continue
+            if entry.alone and entries:
+                break
             if entry.rows > rows:
                 entry = self._split(member, rows)
             else:

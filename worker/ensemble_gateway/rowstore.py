@@ -32,6 +32,8 @@ _LAZY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 LONG_RUN = 64
 # So many long runs are looked at for one that holds a whole request.
 LOOK_AT = 16
+# Ranges that have so many rows each, on average, are copied one by one: numpy's indices take as long for a few rows.
+LONG_RANGE = 16
 CACHED_CHOICES = 1024
 
 
@@ -173,11 +175,19 @@ class RowStore:
             if len(result) != len(columns):
                 # One would be taken for all.
                 raise ValueError(f"outputs of {len(result)} members for {len(columns)} columns")
-            kept[_index(chosen, ranges)] = result
+            if _are_long(ranges):
+                at = 0
+                for start, count in ranges:
+                    kept[chosen, start : start + count] = result[:, at : at + count]
+                    at += count
+            else:
+                kept[_index(chosen, ranges)] = result
 
     def stack(self, output: int, columns: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Array:
         """What these columns hold for the rows in `ranges`: an array of shape (columns, rows, *shape), maybe a view."""
         kept, chosen = self.outputs[output], _chosen(tuple(columns))
+        if _are_long(ranges):
+            return np.concatenate([kept[chosen, start : start + count] for start, count in ranges], axis=1)
         if isinstance(chosen, slice) and len(ranges) > 1:
             # A few times quicker than an index.
             return kept[chosen].take(slots_of(ranges), axis=1)
@@ -201,6 +211,11 @@ def _chosen(columns: tuple[int, ...]) -> Chosen:
     if columns == tuple(range(first, first + len(columns))):
         return slice(first, first + len(columns))
     return np.array(columns, np.int64)
+
+
+def _are_long(ranges: Sequence[tuple[int, int]]) -> bool:
+    """Whether there are several, and each is worth a copy of its own."""
+    return len(ranges) > 1 and sum([count for _, count in ranges]) >= LONG_RANGE * len(ranges)
 
 
 def _index(chosen: Chosen, ranges: Sequence[tuple[int, int]]) -> tuple[Chosen, slice | Slots]:

@@ -17,6 +17,9 @@ from ensemble_contract.wire import RowRanges
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+# Ranges that have so many rows each, on average, are copied one by one: numpy's indices take as long for a few rows.
+LONG_RANGE = 16
+
 
 class HostRows:
     """Slots of rows over given memory: a gateway's store, or a cache of the worker's own."""
@@ -59,12 +62,21 @@ class HostRows:
             start = ranges.starts[0]
             for slots, buffer in zip(self._arrays, batch, strict=True):
                 np.copyto(buffer, slots[start : start + rows])
+        elif rows >= LONG_RANGE * len(ranges.starts):
+            self._copy_each(ranges, batch)
         else:
             where = slots_of(ranges)
             for slots, buffer in zip(self._arrays, batch, strict=True):
                 # Slots were checked: "clip" only spares numpy a copy of the output.
                 np.take(slots, where, axis=0, out=buffer, mode="clip")
         return batch
+
+    def _copy_each(self, ranges: RowRanges, batch: Sequence[Array]) -> None:
+        for slots, buffer in zip(self._arrays, batch, strict=True):
+            at = 0
+            for start, count in zip(ranges.starts, ranges.counts, strict=True):
+                buffer[at : at + count] = slots[start : start + count]
+                at += count
 
 
 def slots_of(ranges: RowRanges) -> Array:

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import add
 from queue import SimpleQueue
@@ -223,7 +223,8 @@ class Executor(threading.Thread):
         held = work.peer.rows
         if not held.slots:
             return
-        outputs: list[list[Array]] = [[]] * len(instances)
+        # By the position of their first instance.
+        pieces: list[Sequence[Array] | None] = [None] * len(instances)
         compute_ns = [0] * len(instances)
         running = first = instances[0]
         began_ns = first.began_ns = lap_ns = time.monotonic_ns()
@@ -233,9 +234,10 @@ class Executor(threading.Thread):
                 running = instances[positions[0]]
                 ran = [running.predictor.run(rows)] if run is None else run(rows)
                 now_ns = time.monotonic_ns()
-                for position, arrays in zip(positions, ran, strict=True):
-                    outputs[position] = arrays
+                for position in positions:
                     compute_ns[position] = (now_ns - lap_ns) // len(positions)
+                for position, piece in zip(positions, ran, strict=False):
+                    pieces[position] = piece
                 lap_ns = now_ns
         except DeviceLost as error:
             work.peer.fail(work.run, FailureCode.DEVICE_LOST, str(error))
@@ -254,7 +256,8 @@ class Executor(threading.Thread):
             running.batches += 1
             running.rows += work.run.rows
             running.compute_ns += lap_ns
-        work.peer.answer(work.run, outputs, compute_ns, began_ns - work.received_ns)
+        given = [piece for piece in pieces if piece is not None]
+        work.peer.answer(work.run, given, compute_ns, began_ns - work.received_ns)
 
 
 def _nothing() -> None:

@@ -35,7 +35,11 @@ MAX_KNOWN = 4096
 
 
 class Part(NamedTuple):
-    """Instances of a batch, by their positions in it, and what runs them as one; without, the only one runs alone."""
+    """Instances of a batch, by their positions in it, and what runs them as one; without, the only one runs alone.
+
+    It gives their outputs in pieces, each a list with an array for each output: one piece of them all where the
+    positions follow one another, else a piece of each.
+    """
 
     positions: tuple[int, ...]
     run: Run | None
@@ -91,9 +95,20 @@ class Stacks:
                 stacked[place.stack][place.at] = position
         for stack, positions in stacked.items():
             for first, end in _neighbours(sorted(positions)):
-                run = partial(stack.run, first=first, end=end) if end - first > 1 else None
-                parts.append(Part(tuple(positions[at] for at in range(first, end)), run))
+                where = tuple(positions[at] for at in range(first, end))
+                together = where == tuple(range(where[0], where[0] + len(where)))
+                run = partial(_run_together if together else _run_apart, stack, first, end)
+                parts.append(Part(where, run if len(where) > 1 else None))
         return tuple(parts)
+
+
+def _run_together(stack: CpuStack, first: int, end: int, rows: Sequence[Array]) -> list[list[Array]]:
+    return [stack.run(rows, first, end)]
+
+
+def _run_apart(stack: CpuStack, first: int, end: int, rows: Sequence[Array]) -> list[list[Array]]:
+    outputs = stack.run(rows, first, end)
+    return [[output[member] for output in outputs] for member in range(end - first)]
 
 
 def _neighbours(places: Sequence[int]) -> list[tuple[int, int]]:
@@ -122,10 +137,11 @@ def _quicker_up_to(stack: CpuStack, members: Sequence[CpuPredictor]) -> int:
 def _agrees(stack: CpuStack, members: Sequence[CpuPredictor], batch: Sequence[Array]) -> bool:
     layers = members[0].fitted.layers
     tolerance = TOLERANCES.get(layers.held[0].dtype, 0.0) if layers is not None else 0.0
-    for arrays, member in zip(stack.run(batch, 0, len(members)), members, strict=True):
-        for got, wanted in zip(arrays, member.run(batch), strict=True):
+    outputs = stack.run(batch, 0, len(members))
+    for position, member in enumerate(members):
+        for output, wanted in zip(outputs, member.run(batch), strict=True):
             scale = max(1.0, float(np.abs(wanted).max()))
-            if not np.allclose(got, wanted, rtol=0.0, atol=tolerance * scale):
+            if not np.allclose(output[position], wanted, rtol=0.0, atol=tolerance * scale):
                 log.info("members of one architecture do not run as one: their answers differ")
                 return False
     return True

@@ -83,15 +83,17 @@ class CpuStack:
         self._first = members[0]
         self._stack = Stack([member.fitted.layers for member in members if member.fitted.layers is not None])
 
-    def run(self, inputs: Sequence[Array], first: int, end: int) -> list[list[Array]]:
-        """The outputs of the members from `first` to before `end`, each as its predictor's `run` gives them."""
+    def run(self, inputs: Sequence[Array], first: int, end: int) -> list[Array]:
+        """The outputs of the members from `first` to before `end`, each of shape (end - first, rows, *shape).
+
+        What an output has of a member is as its predictor's `run` gives it.
+        """
         if not torch.is_inference_mode_enabled():
             with torch.inference_mode():
                 return self.run(inputs, first, end)
-        alike, members = self._first, end - first
+        alike = self._first
         results = self._stack.run(alike.tensors(inputs), first, end)
-        stacked = alike.arrays(results, members * len(inputs[0]))
-        return [[array[member] for array in stacked] for member in range(members)]
+        return alike.arrays(results, (end - first) * len(inputs[0]))
 
 
 def _likeness(

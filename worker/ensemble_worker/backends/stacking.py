@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import fx
@@ -20,6 +21,9 @@ aten = torch.ops.aten
 
 # Where weights are larger, a layer takes far longer than its call; and stacks hold a copy of them.
 MAX_BYTES = 4 << 20
+# A layer of fewer outputs is computed as weights times rows, not rows times weights: the other way, the rows of the
+# product would be shorter than what kernels for matrix products compute at once.
+NARROW = 16
 
 OF_ONE = frozenset(
     {
@@ -37,17 +41,38 @@ class _NotStackable(Exception):
     """The graph has a part that is no perceptron's."""
 
 
+class Role(Enum):
+    """What a tensor of a network is: weights are of shape (outputs, inputs), biases of shape (outputs)."""
+
+    WEIGHT = "weight"
+    BIAS = "bias"
+    NARROW_WEIGHT = "narrow weight"
+    NARROW_BIAS = "narrow bias"
+
+    def laid_out(self, stacked: torch.Tensor) -> torch.Tensor:
+        """Those of all members, one after the other, as the product of their layer wants them."""
+        match self:
+            case Role.WEIGHT:
+                return stacked.transpose(1, 2)
+            case Role.BIAS:
+                return stacked.unsqueeze(1)
+            case Role.NARROW_WEIGHT:
+                return stacked
+            case Role.NARROW_BIAS:
+                return stacked.unsqueeze(2)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Layers:
     """A network that can be stacked with others of its `architecture`.
 
-    `stacked` takes the inputs and then the stacked `held` tensors, and gives outputs of shape (members, rows, …).
-    `is_weight` says which of them are a layer's weights, of shape (outputs, inputs); the others are biases.
+    `stacked` takes the inputs and then the stacked `held` tensors, laid out by their `roles`, and gives outputs of
+    shape (members, rows, …).
     """
 
     architecture: str
     held: tuple[torch.Tensor, ...]
-    is_weight: tuple[bool, ...]
+    roles: tuple[Role, ...]
     stacked: fx.Graph
 
 
@@ -56,11 +81,9 @@ class Stack:
 
     def __init__(self, networks: Sequence[Layers]) -> None:
         self._call = scripted(fx.GraphModule(torch.nn.Module(), copy.deepcopy(networks[0].stacked))).forward
-        stacked = [torch.stack(of_all) for of_all in zip(*(network.held for network in networks), strict=True)]
-        # As (members, inputs, outputs) and (members, 1, outputs), which is how one product wants them.
+        of_all = zip(*(network.held for network in networks), strict=True)
         self._held = [
-            tensors.transpose(1, 2) if is_weight else tensors.unsqueeze(1)
-            for tensors, is_weight in zip(stacked, networks[0].is_weight, strict=True)
+            role.laid_out(torch.stack(tensors)) for role, tensors in zip(networks[0].roles, of_all, strict=True)
         ]
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
 
@@ -90,7 +113,7 @@ class _Stacking:
         self._made = fx.Graph()
         self._values: dict[fx.Node, fx.Node] = {}
         self._stacked: set[fx.Node] = set()
-        self._roles: dict[fx.Node, bool] = {}
+        self._roles: dict[fx.Node, Role] = {}
 
     def layers(self) -> Layers:
         """Raises _NotStackable."""
@@ -149,24 +172,32 @@ class _Stacking:
         if node.target is not aten.linear.default or node.kwargs:
             raise _NotStackable
         rows, weight, bias = (*node.args, None)[:3]
-        if not isinstance(rows, fx.Node) or rows in self._roles:
+        if not (isinstance(rows, fx.Node) and isinstance(weight, fx.Node)) or rows in self._roles:
             raise _NotStackable
-        for tensor, is_weight in ((weight, True), (bias, False)):
-            if tensor is None:
-                continue
-            if not isinstance(tensor, fx.Node) or tensor.op != "get_attr":
-                raise _NotStackable
-            if self._roles.setdefault(tensor, is_weight) != is_weight:
-                raise _NotStackable
+        narrow = weight.op == "get_attr" and len(self._tensor(str(weight.target))) < NARROW
+        self._give(weight, Role.NARROW_WEIGHT if narrow else Role.WEIGHT)
+        if bias is not None:
+            self._give(bias, Role.NARROW_BIAS if narrow else Role.BIAS)
         given, weights, biases = [
             self._values[one] if isinstance(one, fx.Node) else None for one in (rows, weight, bias)
         ]
         if rows not in self._stacked:
             members = self._made.call_function(aten.size.int, (weights, 0))
             given = self._made.call_function(aten.expand.default, (given, (members, -1, -1)))
+        if not narrow:
+            return self._product(biases, given, weights)
+        turned = self._made.call_function(aten.transpose.int, (given, 1, 2))
+        return self._made.call_function(aten.transpose.int, (self._product(biases, weights, turned), 1, 2))
+
+    def _product(self, biases: fx.Node | None, one: fx.Node | None, other: fx.Node | None) -> fx.Node:
         if biases is None:
-            return self._made.call_function(aten.bmm.default, (given, weights))
-        return self._made.call_function(aten.baddbmm.default, (biases, given, weights))
+            return self._made.call_function(aten.bmm.default, (one, other))
+        return self._made.call_function(aten.baddbmm.default, (biases, one, other))
+
+    def _give(self, node: object, role: Role) -> None:
+        """Raises _NotStackable for what is no tensor of the network's own, or has another role already."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr" or self._roles.setdefault(node, role) is not role:
+            raise _NotStackable
 
     def _stacked_value(self, node: object) -> fx.Node:
         if not isinstance(node, fx.Node) or node not in self._stacked:

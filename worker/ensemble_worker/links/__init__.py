@@ -34,8 +34,11 @@ class Peer(Protocol):
 
     rows: Rows
 
-    def answer(self, run: Run, outputs: Sequence[Sequence[Array]], compute_ns: Sequence[int], queue_ns: int) -> None:
-        """Send a batch's outputs: for each instance its outputs, each C-contiguous of shape (rows, *shape)."""
+    def answer(self, run: Run, pieces: Sequence[Sequence[Array]], compute_ns: Sequence[int], queue_ns: int) -> None:
+        """Send a batch's outputs, in pieces: of one of its instances, or of several, which follow in its order.
+
+        A piece has a C-contiguous array for each output, of shape (rows, *shape) or (instances, rows, *shape).
+        """
 
     def fail(self, run: Run, code: FailureCode, text: str) -> None:
         """Say that a batch could not be run."""

@@ -231,13 +231,14 @@ class ZeroMQPeer:
         self.rows.put(message.cache, arrays)
 
     def answer(
-        self, run: wire.Run, outputs: Sequence[Sequence[Array]], compute_ns: Sequence[int], queue_ns: int
+        self, run: wire.Run, pieces: Sequence[Sequence[Array]], compute_ns: Sequence[int], queue_ns: int
     ) -> None:
         """Send a batch's outputs, one frame each, with all its instances one after the other."""
         frames = []
-        for parts in zip(*outputs, strict=True):
-            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            frames.append(whole.reshape(-1).view(np.uint8).data)
+        for parts in zip(*pieces, strict=True):
+            flat = [part.reshape(-1) for part in parts]
+            whole = flat[0] if len(flat) == 1 else np.concatenate(flat)
+            frames.append(whole.view(np.uint8).data)
         self._server.send([self._identity, wire.encode_result(run.batch, queue_ns, compute_ns), *frames])
 
     def fail(self, run: wire.Run, code: wire.FailureCode, text: str) -> None:
