@@ -138,8 +138,8 @@ def unmet(cells: Sequence[Cell]) -> list[str]:
 
 
 def _cpu(measured: Measured) -> str:
-    """What a request costs each part of the server."""
-    requests = sum(window.requests for window in measured.windows)
+    """What a request costs each part of the server; those outside the count, which it has served too, included."""
+    requests = sum(window.checked for window in measured.windows)
     if not measured.cpu_s or not requests:
         return ""
     parts = (f"{part} {1e6 * seconds / requests:,.0f}" for part, seconds in sorted(measured.cpu_s.items()))

@@ -126,6 +126,16 @@ async def test_a_run_out_of_bounds_is_failed(path: Path, record: bytes, text: st
             await owner.run(20)
 
 
+async def test_who_rings_before_it_has_greeted_is_answered(path: Path) -> None:
+    """Its doorbell is not rung again for what it had written."""
+    async with running(worker_at(f"unix:{path}")):
+        with shared_stranger(path) as other:
+            other.write(run(32, [(0, 32)]))
+            other.greet()
+            await other.welcome()
+            assert isinstance(await other.answer(), wire.Result)
+
+
 async def test_results_of_many_instances_need_so_much_more_room(path: Path) -> None:
     """At the last place where one instance's 32 rows fit, those of several do not, and nothing is written there."""
     at = ARENA - result_offsets(OUTPUTS, 32)[1]

@@ -341,3 +341,13 @@ def test_a_part_that_is_no_equal_share_lies_side_by_side_too() -> None:
     ledger.update(State("w0", 1, live, True, 2))
     admitted(ledger, wanted=0b1111)
     assert given_together(ledger.assign()) == [("w0", (1, 2, 3), 1), ("w0", (0,), 1)]
+
+
+def test_a_part_for_which_fewer_fit_than_expected_lies_side_by_side_too() -> None:
+    """The first takes less than the others, so that more are expected to fit with it than do."""
+    ledger = Ledger(4)
+    live = tuple(LiveInstance(m, *ledger.members[m], 8, FUSE_FULL_S * (0.24 if m == 3 else 0.27)) for m in ALL)
+    ledger.update(State("w0", 1, live, True, 2))
+    admitted(ledger, 8, wanted=0b1111)
+    admitted(ledger, 8, wanted=0b1000)
+    assert given_together(ledger.assign())[0] == ("w0", (1, 2, 3), 8)

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ensemble_contract.layout import StoreLayout
+from ensemble_contract.layout import LONG_RANGE, StoreLayout
 from ensemble_contract.tensors import TensorSpec
-from ensemble_gateway.rowstore import LONG_RANGE, LONG_RUN, Ranges, RowStore, SlotAllocator, slots_of, slots_within
+from ensemble_gateway.rowstore import LONG_RUN, Ranges, RowStore, SlotAllocator, slots_of, slots_within
 
 SLOTS = 4 * LONG_RUN + 3
 
@@ -175,6 +175,16 @@ def test_outputs_of_more_or_fewer_members_than_columns_are_refused(ranges: list[
         results = [np.zeros((members, 3, *spec.shape), spec.dtype) for spec in OUTPUTS]
         with pytest.raises(ValueError, match=rf"outputs of {members} members for 2 columns"):
             store.keep([0, 4], ranges, results)
+
+
+@pytest.mark.parametrize("ranges", [[(2, 40)], [(2, 1), (5, 2)], [(2, 20), (40, 20)]])
+def test_outputs_of_more_or_fewer_rows_are_refused(ranges: list[tuple[int, int]]) -> None:
+    store = make_store(64)
+    rows = sum(count for _, count in ranges)
+    for wrong in (rows - 1, rows + 1):
+        results = [np.zeros((2, wrong, *spec.shape), spec.dtype) for spec in OUTPUTS]
+        with pytest.raises(ValueError, match=r"rows|broadcast|shape"):
+            store.keep([0, 1], ranges, results)
 
 
 def test_a_buffer_of_the_wrong_size_or_number_is_refused() -> None:

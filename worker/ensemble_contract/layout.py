@@ -12,6 +12,8 @@ from ensemble_contract.tensors import TensorSpec
 
 ALIGNMENT = 64
 PAGE = 4096
+# Where ranges have so many rows each, on average, one copy a range is quicker than one index of all their rows.
+LONG_RANGE = 16
 
 
 def aligned(size: int, to: int = ALIGNMENT) -> int:

@@ -108,11 +108,12 @@ def fuse(
 def _beside(first: Instance, waiting: list[Instance], many: int) -> list[Instance]:
     """The others of `waiting`, in the order in which they should go with `first`, where about so many go together.
 
-    Workers run neighbours as one: where all go in parts of so many, each part and what it leaves lie side by side.
+    Workers run neighbours as one: where all go in parts of so many, each part and what it leaves lie side by side; so
+    does a part of fewer.
     """
     at = waiting.index(first)
     begin = at // many * many if many > 1 else at
-    return waiting[begin:at] + waiting[at + 1 :] + waiting[:begin][::-1]
+    return waiting[begin:at][::-1] + waiting[at + 1 :] + waiting[:begin][::-1]
 
 
 def completed(request: Request, rows: int, instances: Sequence[Instance]) -> int:

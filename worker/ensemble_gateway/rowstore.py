@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ensemble_contract.layout import StoreLayout, aligned
+from ensemble_contract.layout import LONG_RANGE, StoreLayout, aligned
 from ensemble_contract.tensors import TensorSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -32,8 +32,6 @@ _LAZY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 LONG_RUN = 64
 # So many long runs are looked at for one that holds a whole request.
 LOOK_AT = 16
-# Ranges that have so many rows each, on average, are copied one by one: numpy's indices take as long for a few rows.
-LONG_RANGE = 16
 CACHED_CHOICES = 1024
 
 
@@ -168,7 +166,7 @@ class RowStore:
     def keep(self, columns: Sequence[int], ranges: Sequence[tuple[int, int]], results: Sequence[Array]) -> None:
         """Store outputs of members, each of shape (len(columns), rows, *shape), for the rows in `ranges`, in order.
 
-        Raises ValueError where there are outputs of more or fewer members.
+        Raises ValueError where there are outputs of more or fewer members or rows.
         """
         chosen = _chosen(tuple(columns))
         for kept, result in zip(self.outputs, results, strict=True):
@@ -180,6 +178,8 @@ class RowStore:
                 for start, count in ranges:
                     kept[chosen, start : start + count] = result[:, at : at + count]
                     at += count
+                if at != result.shape[1]:
+                    raise ValueError(f"outputs of {result.shape[1]} rows for {at}")
             else:
                 kept[_index(chosen, ranges)] = result
 

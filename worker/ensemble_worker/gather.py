@@ -11,14 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ensemble_contract.layout import StoreLayout
+from ensemble_contract.layout import LONG_RANGE, StoreLayout
 from ensemble_contract.tensors import TensorSpec
 from ensemble_contract.wire import RowRanges
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-# Ranges that have so many rows each, on average, are copied one by one: numpy's indices take as long for a few rows.
-LONG_RANGE = 16
 
 
 class HostRows:

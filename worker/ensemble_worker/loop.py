@@ -236,7 +236,8 @@ class Executor(threading.Thread):
                 now_ns = time.monotonic_ns()
                 for position in positions:
                     compute_ns[position] = (now_ns - lap_ns) // len(positions)
-                for position, piece in zip(positions, ran, strict=False):
+                # One piece of them all, or one of each.
+                for position, piece in zip(positions[: len(ran)], ran, strict=True):
                     pieces[position] = piece
                 lap_ns = now_ns
         except DeviceLost as error:

@@ -175,9 +175,9 @@ class _Stacking:
         if not (isinstance(rows, fx.Node) and isinstance(weight, fx.Node)) or rows in self._roles:
             raise _NotStackable
         narrow = weight.op == "get_attr" and len(self._tensor(str(weight.target))) < NARROW
-        self._give(weight, Role.NARROW_WEIGHT if narrow else Role.WEIGHT)
+        self._give(weight, Role.NARROW_WEIGHT if narrow else Role.WEIGHT, 2)
         if bias is not None:
-            self._give(bias, Role.NARROW_BIAS if narrow else Role.BIAS)
+            self._give(bias, Role.NARROW_BIAS if narrow else Role.BIAS, 1)
         given, weights, biases = [
             self._values[one] if isinstance(one, fx.Node) else None for one in (rows, weight, bias)
         ]
@@ -194,9 +194,11 @@ class _Stacking:
             return self._made.call_function(aten.bmm.default, (one, other))
         return self._made.call_function(aten.baddbmm.default, (biases, one, other))
 
-    def _give(self, node: object, role: Role) -> None:
-        """Raises _NotStackable for what is no tensor of the network's own, or has another role already."""
+    def _give(self, node: object, role: Role, dimensions: int) -> None:
+        """Raises _NotStackable for what is no such tensor of the network's own, or has another role already."""
         if not isinstance(node, fx.Node) or node.op != "get_attr" or self._roles.setdefault(node, role) is not role:
+            raise _NotStackable
+        if self._tensor(str(node.target)).dim() != dimensions:
             raise _NotStackable
 
     def _stacked_value(self, node: object) -> fx.Node:
