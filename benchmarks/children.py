@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,11 @@ ROOT = Path(__file__).parent.parent
 
 AnswerT = TypeVar("AnswerT")
 QuestionT = TypeVar("QuestionT")
+
+
+def exit_on_sigterm() -> None:
+    """Have SIGTERM end this process as an exit does: what it has started is stopped first."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 class ChildFailed(Exception):

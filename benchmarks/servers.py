@@ -59,8 +59,16 @@ class ServerProcess:
     def await_ready(self, ready: Callable[[], bool], timeout_s: float = READY_TIMEOUT_S) -> None:
         """Poll until the server is ready.
 
-        Raises ChildFailed with the end of the log if the server ends or is not ready in time; it is stopped then.
+        Raises ChildFailed with the end of the log if the server ends or is not ready in time. It is stopped then, and
+        whatever else ends the wait.
         """
+        try:
+            self._poll(ready, timeout_s)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _poll(self, ready: Callable[[], bool], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
@@ -70,7 +78,6 @@ class ServerProcess:
             if ready():
                 return
             time.sleep(0.1)
-        self.stop()
         raise ChildFailed(f"{self.target.name} was not ready within {timeout_s:g} s; {last_words(self._log)}")
 
     def status(self, path: str) -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from benchmarks import loads, preparation, report, servers, workloads
-from benchmarks.children import START_TIMEOUT_S, Child, ChildFailed
+from benchmarks.children import START_TIMEOUT_S, Child, ChildFailed, exit_on_sigterm
 from benchmarks.loadgen import Window, WindowResult
 from benchmarks.raw import RawBound, Setting
 
@@ -314,4 +314,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main())

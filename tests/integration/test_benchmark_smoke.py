@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -134,6 +136,27 @@ def test_what_a_core_costs_that_has_slept_is_measured(tiny: Workload) -> None:
     table = [line.split("|")[2:-1] for line in done.stdout.splitlines() if line.startswith(("| 1 ", "| 8 ", "| 128 "))]
     assert len(table) == len(cold.ROWS)
     assert all(len(row) == len(cold.GAPS_MS) and min(int(cell.replace(",", "")) for cell in row) > 0 for row in table)
+
+
+def test_a_benchmark_that_is_told_to_end_stops_its_servers(tiny: Workload) -> None:
+    command = [sys.executable, "-m", "benchmarks.serving", "--workloads", "tiny", "--loads", "1 client"]
+    cache = str(Path(tiny.folder).parent)
+    with subprocess.Popen([*command, "--window-s", "60", "--cache", cache], stdout=subprocess.DEVNULL) as running:
+        started = psutil.Process(running.pid)
+        try:
+            deadline = time.monotonic() + 200
+            family: list[psutil.Process] = []
+            while not any("ensemble_gateway" in one.cmdline() for one in family):
+                assert running.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+                family = started.children(recursive=True)
+            running.terminate()
+            assert running.wait(60) == 128 + signal.SIGTERM
+        finally:
+            running.kill()
+    _, left = psutil.wait_procs(family, timeout=20)
+    assert not left
 
 
 def test_a_server_that_cannot_start_says_why(tiny: Workload, tmp_path: Path) -> None:
