@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 
 import pytest
@@ -19,6 +20,15 @@ def ledger_with(*workers: str, members: int = 4, row_s: float = TINY_S, size: in
     ledger = Ledger(members)
     for index, worker in enumerate(workers):
         hosting(ledger, worker, *range(members), size=size, serial=serial, row_s=row_s, first_id=1 + 100 * index)
+    return ledger
+
+
+def ledger_expecting(batch_s: Sequence[float], *workers: str) -> Ledger:
+    """With workers that say how long a full batch of 8 rows takes, by member."""
+    ledger = Ledger(len(batch_s))
+    for index, worker in enumerate(workers):
+        live = tuple(LiveInstance(100 * index + m, *ledger.members[m], 8, s) for m, s in enumerate(batch_s))
+        ledger.update(State(worker, 1, live, True, 2))
     return ledger
 
 
@@ -298,13 +308,7 @@ def test_shares_are_equal_and_worth_a_message(work_s: float, lanes: int, share_s
 
 
 def test_parts_stay_equal_where_members_are_not_expected_to_take_quite_the_same() -> None:
-    ledger = Ledger(4)
-    for worker, first in (("w0", 0), ("w1", 100)):
-        live = tuple(
-            LiveInstance(first + m, *ledger.members[m], 8, 8 * seconds)
-            for m, seconds in enumerate((0.00033, 0.00033, 0.00035, 0.00032))
-        )
-        ledger.update(State(worker, 1, live, True, 2))
+    ledger = ledger_expecting([8 * seconds for seconds in (0.00033, 0.00033, 0.00035, 0.00032)], "w0", "w1")
     admitted(ledger, wanted=0b1111)
     assert sorted(len(batch.instances) for batch in ledger.assign()) == [2, 2]
 
@@ -324,30 +328,21 @@ def test_parts_stay_equal_where_one_lane_was_given_members_together_and_the_othe
 @pytest.mark.parametrize("longest", ALL)
 def test_parts_of_several_members_lie_side_by_side_in_the_order_of_their_ids(longest: int) -> None:
     """Workers can run neighbours as one, whichever of them has to be first."""
-    ledger = Ledger(4)
-    for worker, first in (("w0", 0), ("w1", 100)):
-        live = tuple(
-            LiveInstance(first + m, *ledger.members[m], 8, 8 * (0.0003 + 0.00001 * (m == longest))) for m in ALL
-        )
-        ledger.update(State(worker, 1, live, True, 2))
+    ledger = ledger_expecting([8 * (0.0003 + 0.00001 * (m == longest)) for m in ALL], "w0", "w1")
     admitted(ledger, wanted=0b1111)
     batches = ledger.assign()
     assert sorted(tuple(one.member for one in batch.instances) for batch in batches) == [(0, 1), (2, 3)]
 
 
 def test_a_part_that_is_no_equal_share_lies_side_by_side_too() -> None:
-    ledger = Ledger(4)
-    live = tuple(LiveInstance(m, *ledger.members[m], 8, 8 * FUSE_S * (0.3 + 0.01 * (m == 3))) for m in ALL)
-    ledger.update(State("w0", 1, live, True, 2))
+    ledger = ledger_expecting([8 * FUSE_S * (0.3 + 0.01 * (m == 3)) for m in ALL], "w0")
     admitted(ledger, wanted=0b1111)
     assert given_together(ledger.assign()) == [("w0", (1, 2, 3), 1), ("w0", (0,), 1)]
 
 
 def test_a_part_for_which_fewer_fit_than_expected_lies_side_by_side_too() -> None:
     """The first takes less than the others, so that more are expected to fit with it than do."""
-    ledger = Ledger(4)
-    live = tuple(LiveInstance(m, *ledger.members[m], 8, FUSE_FULL_S * (0.24 if m == 3 else 0.27)) for m in ALL)
-    ledger.update(State("w0", 1, live, True, 2))
+    ledger = ledger_expecting([FUSE_FULL_S * (0.24 if m == 3 else 0.27) for m in ALL], "w0")
     admitted(ledger, 8, wanted=0b1111)
     admitted(ledger, 8, wanted=0b1000)
     assert given_together(ledger.assign())[0] == ("w0", (1, 2, 3), 8)

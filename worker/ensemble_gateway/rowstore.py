@@ -169,17 +169,17 @@ class RowStore:
         Raises ValueError where there are outputs of more or fewer members or rows.
         """
         chosen = _chosen(tuple(columns))
+        rows = sum([count for _, count in ranges])
         for kept, result in zip(self.outputs, results, strict=True):
-            if len(result) != len(columns):
-                # One would be taken for all.
-                raise ValueError(f"outputs of {len(result)} members for {len(columns)} columns")
+            if result.shape[:2] != (len(columns), rows):
+                # One member or row would be taken for all.
+                many, given = result.shape[:2]
+                raise ValueError(f"outputs of {many} members for {len(columns)} columns, of {given} rows for {rows}")
             if _are_long(ranges):
                 at = 0
                 for start, count in ranges:
                     kept[chosen, start : start + count] = result[:, at : at + count]
                     at += count
-                if at != result.shape[1]:
-                    raise ValueError(f"outputs of {result.shape[1]} rows for {at}")
             else:
                 kept[_index(chosen, ranges)] = result
 

@@ -55,25 +55,18 @@ class HostRows:
         if rows > len(self._buffers[0]):
             self._buffers = [np.empty((rows, *buffer.shape[1:]), buffer.dtype) for buffer in self._buffers]
         batch = [buffer[:rows] for buffer in self._buffers]
-        if len(ranges.starts) == 1:
-            start = ranges.starts[0]
+        if len(ranges.starts) == 1 or rows >= LONG_RANGE * len(ranges.starts):
             for slots, buffer in zip(self._arrays, batch, strict=True):
-                np.copyto(buffer, slots[start : start + rows])
-        elif rows >= LONG_RANGE * len(ranges.starts):
-            self._copy_each(ranges, batch)
+                at = 0
+                for start, count in zip(ranges.starts, ranges.counts, strict=True):
+                    buffer[at : at + count] = slots[start : start + count]
+                    at += count
         else:
             where = slots_of(ranges)
             for slots, buffer in zip(self._arrays, batch, strict=True):
                 # Slots were checked: "clip" only spares numpy a copy of the output.
                 np.take(slots, where, axis=0, out=buffer, mode="clip")
         return batch
-
-    def _copy_each(self, ranges: RowRanges, batch: Sequence[Array]) -> None:
-        for slots, buffer in zip(self._arrays, batch, strict=True):
-            at = 0
-            for start, count in zip(ranges.starts, ranges.counts, strict=True):
-                buffer[at : at + count] = slots[start : start + count]
-                at += count
 
 
 def slots_of(ranges: RowRanges) -> Array:
