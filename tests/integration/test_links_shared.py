@@ -7,6 +7,7 @@ import contextlib
 import gc
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,18 @@ async def test_gateways_share_a_worker(path: Path) -> None:
         await asyncio.gather(*(owner.run(400, cancel=0.1) for owner in owners))
         assert worker.gateways == 4
         assert [owner.lost for owner in owners] == [[]] * 4
+
+
+@pytest.mark.parametrize("copies", [False, True])
+async def test_a_worker_without_batches_sleeps(path: Path, copies: bool) -> None:
+    """On a CPU it stays awake for a moment after each batch, by far not for as long as none comes."""
+    async with running(worker_at(f"unix:{path}", copies=copies)), gateway(shared_link(path)) as owner:
+        await owner.run(20)
+        before_s = time.process_time()
+        await asyncio.sleep(1.0)
+        assert time.process_time() - before_s < 0.3
+        await owner.run(20)
+        assert owner.lost == []
 
 
 async def test_big_rows(path: Path) -> None:

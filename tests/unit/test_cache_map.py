@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from ensemble_gateway.links import cache as cache_module
 from ensemble_gateway.links.cache import WINDOW, CacheMap, Placement, ranges_of
 from ensemble_gateway.rowstore import slots_of
 
@@ -43,7 +44,7 @@ def test_a_row_goes_once() -> None:
     assert sum(count for _, count in first.missing_cache) == 4
     second = placed(cache, (7, 1), (41, 1))
     assert (second.missing_store, second.missing_cache) == ([], [])
-    assert second.rows == ranges_of(first.pinned[[3, 1]])
+    assert second.rows == [(first.pinned[3], 1), (first.pinned[1], 1)]
 
 
 def test_a_forgotten_row_is_put_again() -> None:
@@ -107,9 +108,18 @@ class WorkerWithCache(RuleBasedStateMachine):
         super().__init__()
         self.cache = CacheMap(SLOTS, 7)
         self.serial = 0
+        self.before = cache_module.FEW_ROWS
         self.store = [self._fresh() for _ in range(SLOTS)]
         self.worker: dict[int, int] = {}
         self.running: list[tuple[Placement, list[int]]] = []
+
+    @initialize(few=st.sampled_from([0, 2, cache_module.FEW_ROWS]))
+    def rows_that_are_few(self, few: int) -> None:
+        """Batches of few and of many rows are looked at in different ways, and meet in one cache."""
+        cache_module.FEW_ROWS = few
+
+    def teardown(self) -> None:
+        cache_module.FEW_ROWS = self.before
 
     def _fresh(self) -> int:
         self.serial += 1

@@ -17,6 +17,8 @@ from ensemble_gateway.rowstore import slots_of
 Slots = np.ndarray[Any, np.dtype[np.int64]]
 RangeList = list[tuple[int, int]]
 
+# Up to so many rows are looked at one by one: numpy's calls, of which a batch takes dozens, cost more for so few.
+FEW_ROWS = 32
 # Rows of the cache that are looked at together when room is needed.
 WINDOW = 4096
 
@@ -24,7 +26,7 @@ WINDOW = 4096
 class Placement(NamedTuple):
     """Where a batch's rows are in the cache, and which rows of the store must be put there first."""
 
-    pinned: Slots
+    pinned: Slots | list[int]
     rows: RangeList
     missing_cache: RangeList
     missing_store: RangeList
@@ -43,13 +45,42 @@ class CacheMap:
         self._owner = np.full(capacity, -1, np.int64)
         self._pins = np.zeros(capacity, np.int32)
         self._free = np.arange(capacity - 1, -1, -1, dtype=np.int64)
+        # The same, for a row at a time.
+        self._where_at = self._where.data
+        self._owner_at = self._owner.data
+        self._pins_at = self._pins.data
+        self._free_at = self._free.data
         self._top = capacity
         self._hand = 0
         self._orphans = 0
 
     def place(self, ranges: Sequence[tuple[int, int]]) -> Placement | None:
         """Pin a batch's rows, all different, and find room for those not there; None when pinned rows fill it."""
-        slots = slots_of(ranges)
+        # As if none were there: who finds that they fit need not look whether room has to be made.
+        if _count(ranges) <= min(FEW_ROWS, self._top):
+            return self._place_few(ranges)
+        return self._place_many(slots_of(ranges))
+
+    def _place_few(self, ranges: Sequence[tuple[int, int]]) -> Placement:
+        where, owner, pins, free, top = self._where_at, self._owner_at, self._pins_at, self._free_at, self._top
+        placement = Placement(pinned := [], [], [], [])
+        for start, count in ranges:
+            for slot in range(start, start + count):
+                at = where[slot]
+                if at < 0:
+                    top -= 1
+                    at = free[top]
+                    where[slot] = at
+                    owner[at] = slot
+                    _extend(placement.missing_cache, at)
+                    _extend(placement.missing_store, slot)
+                pins[at] += 1
+                pinned.append(at)
+                _extend(placement.rows, at)
+        self._top = top
+        return placement
+
+    def _place_many(self, slots: Slots) -> Placement | None:
         where = self._where[slots]
         present = where[where >= 0]
         missing = slots[where < 0]
@@ -66,8 +97,16 @@ class CacheMap:
             where = self._where[slots]
         return Placement(where, ranges_of(where), ranges_of(self._where[missing]), ranges_of(missing))
 
-    def unpin(self, pinned: Slots) -> None:
+    def unpin(self, pinned: Slots | list[int]) -> None:
         """A batch is done with these rows of the cache."""
+        if isinstance(pinned, list):
+            pins = self._pins_at
+            for at in pinned:
+                pins[at] -= 1
+                if self._orphans and not pins[at] and self._owner_at[at] < 0:
+                    self._orphans -= 1
+                    self._give_one(at)
+            return
         self._pins[pinned] -= 1
         if self._orphans:
             idle = pinned[(self._owner[pinned] < 0) & (self._pins[pinned] == 0)]
@@ -79,7 +118,25 @@ class CacheMap:
 
         Room that a batch on its way still reads is used again only when that batch is done.
         """
-        slots = slots_of(ranges)
+        if _count(ranges) <= FEW_ROWS:
+            self._forget_few(ranges)
+        else:
+            self._forget_many(slots_of(ranges))
+
+    def _forget_few(self, ranges: Sequence[tuple[int, int]]) -> None:
+        where, owner, pins = self._where_at, self._owner_at, self._pins_at
+        for start, count in ranges:
+            for slot in range(start, start + count):
+                at = where[slot]
+                if at < 0:
+                    continue
+                where[slot] = owner[at] = -1
+                if pins[at]:
+                    self._orphans += 1
+                else:
+                    self._give_one(at)
+
+    def _forget_many(self, slots: Slots) -> None:
         cached = self._where[slots]
         cached = cached[cached >= 0]
         if len(cached) == 0:
@@ -119,6 +176,10 @@ class CacheMap:
         self._free[self._top : self._top + len(cached)] = cached
         self._top += len(cached)
 
+    def _give_one(self, cached: int) -> None:
+        self._free_at[self._top] = cached
+        self._top += 1
+
 
 def freed_ranges(batch: Batch) -> RangeList:
     """Slots of a batch's rows whose request is finished: they may have other rows since, and again later."""
@@ -133,3 +194,17 @@ def ranges_of(slots: Slots) -> RangeList:
     starts = np.concatenate(([0], breaks))
     ends = np.concatenate((breaks, [len(slots)]))
     return list(zip(slots[starts].tolist(), (ends - starts).tolist(), strict=True))
+
+
+def _count(ranges: Sequence[tuple[int, int]]) -> int:
+    return sum([count for _, count in ranges])
+
+
+def _extend(ranges: RangeList, slot: int) -> None:
+    """One more slot, in the last range if it follows it."""
+    if ranges:
+        start, count = ranges[-1]
+        if start + count == slot:
+            ranges[-1] = start, count + 1
+            return
+    ranges.append((slot, 1))

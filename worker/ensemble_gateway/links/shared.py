@@ -255,7 +255,7 @@ class _Flight(NamedTuple):
     starts: list[int]
     many: int
     rows: int
-    pinned: Slots | None
+    pinned: Slots | list[int] | None
 
 
 class _Session:

@@ -66,7 +66,7 @@ class ZeroMQLink:
         self._monitor: zmq.Socket[bytes] | None = None
         self._cache: CacheMap | None = None
         self._cache_rows = 0
-        self._in_flight: dict[int, tuple[int, int, Slots]] = {}
+        self._in_flight: dict[int, tuple[int, int, Slots | list[int]]] = {}
         self._blocked: deque[Batch] = deque()
         self._heard_at = 0.0
         self._connecting: asyncio.Task[None] | None = None

@@ -35,6 +35,9 @@ _LOG = logging.getLogger(__name__)
 Array = np.ndarray[Any, np.dtype[Any]]
 
 ACCEPT_AGAIN_S = 1.0
+# So long a CPU worker waits for the next batch before it sleeps. To wake a core that sleeps takes tens of microseconds
+# of those who ring and of those who hear it, as much as a batch of tiny members; many batches come sooner than this.
+AWAKE_NS = 500_000
 
 
 class SharedServer:
@@ -50,6 +53,8 @@ class SharedServer:
         self._state_for = state_for
         self._make_rows = make_rows
         self._cache_rows = cache_rows if make_rows is not None else 0
+        # A GPU's batches run in other threads, which need the interpreter meanwhile.
+        self._awake_ns = AWAKE_NS if make_rows is None else 0
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         self._greeting: set[socket.socket] = set()
         self._peers: dict[int, SharedPeer] = {}
@@ -69,7 +74,7 @@ class SharedServer:
     def receive(self, block: bool) -> list[Work]:
         """Batches that have come, from every gateway that has rung."""
         works: list[Work] = []
-        for fd, _ in self._epoll.poll(-1 if block else 0):
+        for fd, _ in self._rung(block):
             if fd == self._wake:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(fd)
@@ -84,6 +89,24 @@ class SharedServer:
                     peer.gone = True
                     self._bury()
         return works
+
+    def _rung(self, block: bool) -> list[tuple[int, int]]:
+        """The doorbells that have rung, with their events; waits for one if `block`.
+
+        The core stays awake at first, but whoever else wants it gets it at once.
+        """
+        rung = self._epoll.poll(0)
+        if rung or not block:
+            return rung
+        now = time.monotonic_ns()
+        until = now + self._awake_ns
+        while now < until:
+            os.sched_yield()
+            rung = self._epoll.poll(0)
+            if rung:
+                return rung
+            now = time.monotonic_ns()
+        return self._epoll.poll(-1)
 
     def wake(self) -> None:
         """Make a waiting `receive` return."""
