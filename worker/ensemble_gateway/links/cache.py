@@ -56,7 +56,7 @@ class CacheMap:
 
     def place(self, ranges: Sequence[tuple[int, int]]) -> Placement | None:
         """Pin a batch's rows, all different, and find room for those not there; None when pinned rows fill it."""
-        # As if none were there: who finds that they fit need not look whether room has to be made.
+        # Counted as if none were there: if they fit even so, no room has to be made.
         if _count(ranges) <= min(FEW_ROWS, self._top):
             return self._place_few(ranges)
         return self._place_many(slots_of(ranges))
