@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ensemble_gateway.links import cache as cache_module
-from ensemble_gateway.links.cache import WINDOW, CacheMap, Placement, ranges_of
+from ensemble_gateway.links.cache import FEW_ROWS, WINDOW, CacheMap, Placement, ranges_of
 from ensemble_gateway.rowstore import slots_of
 
 SLOTS = 12
@@ -108,18 +108,17 @@ class WorkerWithCache(RuleBasedStateMachine):
         super().__init__()
         self.cache = CacheMap(SLOTS, 7)
         self.serial = 0
-        self.before = cache_module.FEW_ROWS
         self.store = [self._fresh() for _ in range(SLOTS)]
         self.worker: dict[int, int] = {}
         self.running: list[tuple[Placement, list[int]]] = []
 
-    @initialize(few=st.sampled_from([0, 2, cache_module.FEW_ROWS]))
+    @initialize(few=st.sampled_from([0, 2, FEW_ROWS]))
     def rows_that_are_few(self, few: int) -> None:
         """Batches of few and of many rows are looked at in different ways, and meet in one cache."""
         cache_module.FEW_ROWS = few
 
     def teardown(self) -> None:
-        cache_module.FEW_ROWS = self.before
+        cache_module.FEW_ROWS = FEW_ROWS
 
     def _fresh(self) -> int:
         self.serial += 1

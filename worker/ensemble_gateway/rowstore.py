@@ -169,7 +169,7 @@ class RowStore:
         Raises ValueError where there are outputs of more or fewer members or rows.
         """
         chosen = _chosen(tuple(columns))
-        rows = sum([count for _, count in ranges])
+        rows = count_of(ranges)
         for kept, result in zip(self.outputs, results, strict=True):
             if result.shape[:2] != (len(columns), rows):
                 # One member or row would be taken for all.
@@ -215,7 +215,7 @@ def _chosen(columns: tuple[int, ...]) -> Chosen:
 
 def _are_long(ranges: Sequence[tuple[int, int]]) -> bool:
     """Whether there are several, and each is worth a copy of its own."""
-    return len(ranges) > 1 and sum([count for _, count in ranges]) >= LONG_RANGE * len(ranges)
+    return len(ranges) > 1 and count_of(ranges) >= LONG_RANGE * len(ranges)
 
 
 def _index(chosen: Chosen, ranges: Sequence[tuple[int, int]]) -> tuple[Chosen, slice | Slots]:
@@ -227,9 +227,14 @@ def _index(chosen: Chosen, ranges: Sequence[tuple[int, int]]) -> tuple[Chosen, s
     return (chosen, where) if isinstance(chosen, slice) else (chosen[:, None], where)
 
 
+def count_of(ranges: Sequence[tuple[int, int]]) -> int:
+    """How many slots the ranges have."""
+    return sum([count for _, count in ranges])
+
+
 def slots_of(ranges: Sequence[tuple[int, int]]) -> Slots:
     """Every slot in the ranges, in order."""
-    if sum([count for _, count in ranges]) == len(ranges):
+    if count_of(ranges) == len(ranges):
         return np.array([start for start, _ in ranges], np.int64)
     return np.concatenate([np.arange(start, start + count) for start, count in ranges])
 

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ensemble_gateway.batches import Batch
-from ensemble_gateway.rowstore import slots_of
+from ensemble_gateway.rowstore import count_of, slots_of
 
 Slots = np.ndarray[Any, np.dtype[np.int64]]
+# Rows of a cache that a batch reads: few in a list, many in an array.
+Pinned = Slots | list[int]
 RangeList = list[tuple[int, int]]
 
 # Up to so many rows are looked at one by one: numpy's calls, of which a batch takes dozens, cost more for so few.
@@ -26,7 +28,7 @@ WINDOW = 4096
 class Placement(NamedTuple):
     """Where a batch's rows are in the cache, and which rows of the store must be put there first."""
 
-    pinned: Slots | list[int]
+    pinned: Pinned
     rows: RangeList
     missing_cache: RangeList
     missing_store: RangeList
@@ -57,7 +59,7 @@ class CacheMap:
     def place(self, ranges: Sequence[tuple[int, int]]) -> Placement | None:
         """Pin a batch's rows, all different, and find room for those not there; None when pinned rows fill it."""
         # Counted as if none were there: if they fit even so, no room has to be made.
-        if _count(ranges) <= min(FEW_ROWS, self._top):
+        if count_of(ranges) <= min(FEW_ROWS, self._top):
             return self._place_few(ranges)
         return self._place_many(slots_of(ranges))
 
@@ -97,16 +99,22 @@ class CacheMap:
             where = self._where[slots]
         return Placement(where, ranges_of(where), ranges_of(self._where[missing]), ranges_of(missing))
 
-    def unpin(self, pinned: Slots | list[int]) -> None:
+    def unpin(self, pinned: Pinned) -> None:
         """A batch is done with these rows of the cache."""
         if isinstance(pinned, list):
-            pins = self._pins_at
-            for at in pinned:
-                pins[at] -= 1
-                if self._orphans and not pins[at] and self._owner_at[at] < 0:
-                    self._orphans -= 1
-                    self._give_one(at)
-            return
+            self._unpin_few(pinned)
+        else:
+            self._unpin_many(pinned)
+
+    def _unpin_few(self, pinned: list[int]) -> None:
+        pins = self._pins_at
+        for at in pinned:
+            pins[at] -= 1
+            if self._orphans and not pins[at] and self._owner_at[at] < 0:
+                self._orphans -= 1
+                self._give_one(at)
+
+    def _unpin_many(self, pinned: Slots) -> None:
         self._pins[pinned] -= 1
         if self._orphans:
             idle = pinned[(self._owner[pinned] < 0) & (self._pins[pinned] == 0)]
@@ -118,7 +126,7 @@ class CacheMap:
 
         Room that a batch on its way still reads is used again only when that batch is done.
         """
-        if _count(ranges) <= FEW_ROWS:
+        if count_of(ranges) <= FEW_ROWS:
             self._forget_few(ranges)
         else:
             self._forget_many(slots_of(ranges))
@@ -194,10 +202,6 @@ def ranges_of(slots: Slots) -> RangeList:
     starts = np.concatenate(([0], breaks))
     ends = np.concatenate((breaks, [len(slots)]))
     return list(zip(slots[starts].tolist(), (ends - starts).tolist(), strict=True))
-
-
-def _count(ranges: Sequence[tuple[int, int]]) -> int:
-    return sum([count for _, count in ranges])
 
 
 def _extend(ranges: RangeList, slot: int) -> None:

@@ -25,7 +25,7 @@ from ensemble_contract.layout import StoreLayout, aligned, result_offsets
 from ensemble_contract.ring import HEADER_BYTES, Ring
 from ensemble_gateway.batches import Batch
 from ensemble_gateway.links import LinkOwner, check_state, check_times
-from ensemble_gateway.links.cache import CacheMap, Slots, freed_ranges
+from ensemble_gateway.links.cache import CacheMap, Pinned, freed_ranges
 from ensemble_gateway.links.memory import Arena, SharedMemory
 from ensemble_gateway.request import Array
 from ensemble_gateway.rowstore import RowStore
@@ -255,7 +255,7 @@ class _Flight(NamedTuple):
     starts: list[int]
     many: int
     rows: int
-    pinned: Slots | list[int] | None
+    pinned: Pinned | None
 
 
 class _Session:

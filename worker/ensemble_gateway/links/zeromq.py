@@ -26,7 +26,7 @@ from ensemble_contract.plan import WorkerAddress
 from ensemble_contract.tensors import rows_of
 from ensemble_gateway.batches import Batch
 from ensemble_gateway.links import HEARTBEAT_S, SILENCE_S, LinkOwner, check_state, check_times
-from ensemble_gateway.links.cache import CacheMap, Slots, freed_ranges
+from ensemble_gateway.links.cache import CacheMap, Pinned, freed_ranges
 from ensemble_gateway.links.resolver import Resolver
 from ensemble_gateway.rowstore import RowStore
 
@@ -66,7 +66,7 @@ class ZeroMQLink:
         self._monitor: zmq.Socket[bytes] | None = None
         self._cache: CacheMap | None = None
         self._cache_rows = 0
-        self._in_flight: dict[int, tuple[int, int, Slots | list[int]]] = {}
+        self._in_flight: dict[int, tuple[int, int, Pinned]] = {}
         self._blocked: deque[Batch] = deque()
         self._heard_at = 0.0
         self._connecting: asyncio.Task[None] | None = None
