@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
+import numpy as np
 import pytest
 import zmq
 
@@ -19,7 +21,7 @@ from ensemble_contract import wire
 from ensemble_contract.keys import KeyFiles
 from ensemble_gateway.links import HEARTBEAT_S, SILENCE_S
 from tests.support.descriptors import open_descriptors
-from tests.support.link_members import BIG_INPUTS, INSTANCES
+from tests.support.link_members import BIG_INPUTS, INPUTS, INSTANCES, stacked
 from tests.support.link_pairs import (
     BATCH_ROWS,
     DEADLINE_S,
@@ -35,6 +37,7 @@ from tests.support.link_strangers import (
     false_worker,
     state,
     zeromq_links,
+    zeromq_stranger,
 )
 
 
@@ -170,31 +173,41 @@ def mapped_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
 
 
-async def test_a_row_goes_to_a_worker_once(address: str, linker: Linker) -> None:
-    """Members on one worker that see the same rows cost one PUT; freed slots are put again."""
+@pytest.mark.parametrize("put_with_run", [False, True])
+async def test_a_row_goes_to_a_worker_once(address: str, linker: Linker, put_with_run: bool) -> None:
+    """Members on one worker that see the same rows cost one PUT; freed slots are put again.
+
+    A PUT has a message of its own only for a worker that wants it so.
+    """
     with false_worker(address) as worker:
         owner = Gateway()
         owner.link = link = linker(address)(owner)
         try:
             link.start()
-            worker.sock.send_multipart([await worker.hear(wire.Hello), state(64)])
+            worker.sock.send_multipart([await worker.hear(wire.Hello), state(64, put_with_run=put_with_run)])
             await owner.until(lambda: bool(owner.states))
             batch = owner.send(6)
             assert batch is not None
             link.send(replace(batch, id=100))
             owner.free(batch.entries[0].request)
             assert owner.send(2) is not None
-            heard: list[wire.Message] = []
+            kept: list[wire.Put | wire.Run] = []
+            lengths = []
             async with asyncio.timeout(DEADLINE_S):
-                while len(heard) < 5:
+                while len(kept) < 5:
                     while worker.sock.poll(0):
-                        heard.append(wire.decode(worker.sock.recv_multipart()[1]))
+                        frames = worker.sock.recv_multipart()[1:]
+                        first = wire.decode(frames[0])
+                        messages = [first, *map(wire.decode, frames[1 + len(INPUTS) :])]
+                        wanted = [message for message in messages if isinstance(message, wire.Put | wire.Run)]
+                        lengths += [len(wanted)] if wanted else []
+                        kept += wanted
                     await asyncio.sleep(0.01)
-            kept = [message for message in heard if isinstance(message, wire.Put | wire.Run)]
             rows = [m.rows if isinstance(m, wire.Run) else m.cache.rows for m in kept]
             assert list(zip(map(type, kept), rows, strict=True)) == [
                 (wire.Put, 6), (wire.Run, 6), (wire.Run, 6), (wire.Put, 2), (wire.Run, 2)
             ]  # fmt: skip
+            assert lengths == ([2, 1, 2] if put_with_run else [1, 1, 1, 1, 1])
             assert isinstance(kept[1], wire.Run)
             assert isinstance(kept[0], wire.Put)
             assert kept[1].ranges == kept[0].cache
@@ -320,3 +333,26 @@ async def test_a_worker_without_keys_refuses_a_gateway_with_keys(
             assert worker.gateways == 0
         finally:
             refused.close()
+
+
+@pytest.mark.parametrize("together", [False, True])
+async def test_rows_are_there_when_a_batch_runs(address: str, together: bool) -> None:
+    """Whether the RUN comes in the PUT's message or after it; a later RUN finds them too."""
+    x = np.arange(24, dtype=np.float32).reshape(3, 8)
+    tag = np.array([[3], [1], [2]])
+    put, first, again = [wire.encode_put([(5, 3)]), x, tag], run_of_rows(1, [(5, 3)]), run_of_rows(2, [(7, 1), (5, 1)])
+    async with running(worker_at(address)):
+        with zeromq_stranger(address) as other:
+            await other.greet()
+            for frames in [[*put, first], [again]] if together else [put, [first], [again]]:
+                other.sock.send_multipart(frames)
+            for batch, chosen in ((1, [0, 1, 2]), (2, [2, 0])):
+                frames = await other.hear(wire.Result)
+                assert wire.decode(frames[0]) == wire.Result(batch, ANY, (ANY,))
+                wanted = stacked([x[chosen], tag[chosen]], [1])
+                assert frames[1:] == [output.tobytes() for output in wanted]
+
+
+def run_of_rows(batch: int, ranges: list[tuple[int, int]]) -> bytes:
+    """A RUN of these rows of the cache through instance 1."""
+    return wire.encode_run(batch, [1], sum(count for _, count in ranges), 0, ranges)

@@ -175,7 +175,12 @@ GARBAGE = {
     "put of long tensors": [wire.encode_put([(0, 2)]), X, TAG],
     "put beyond the cache": [wire.encode_put([(254, 3)]), X, TAG],
     "put from the store": [wire.encode_put([(0, 3)], [(0, 3)]), X, TAG],
+    "put that ends with noise": [wire.encode_put([(0, 3)]), X, TAG, b"\xff" * 40],
+    "put that ends with a put": [wire.encode_put([(0, 3)]), X, TAG, wire.encode_put([(3, 3)])],
+    "put that ends with two runs": [wire.encode_put([(0, 3)]), X, TAG, *2 * [wire.encode_run(1, [1], 3, 0, [(0, 3)])]],
+    "put of one tensor that ends with a run": [wire.encode_put([(0, 3)]), X, wire.encode_run(1, [1], 3, 0, [(0, 3)])],
     **{name: [record] for name, record in HOSTILE_RUNS.items()},
+    **{f"put that ends with {name}": [wire.encode_put([(0, 3)]), X, TAG, run] for name, run in HOSTILE_RUNS.items()},
     "too large a frame": [wire.PING + bytes(4 << 20)],
 }
 

@@ -243,13 +243,14 @@ class ZeroMQStranger:
         self.sock.linger = 0
         self.sock.connect(address)
 
-    async def hear(self, kind: type[wire.Message]) -> wire.Message:
+    async def hear(self, kind: type[wire.Message]) -> list[bytes]:
+        """The frames of the next message of this kind."""
         deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline:
             if self.sock.poll(0):
-                message = wire.decode(self.sock.recv_multipart()[0])
-                if isinstance(message, kind):
-                    return message
+                frames = self.sock.recv_multipart()
+                if isinstance(wire.decode(frames[0]), kind):
+                    return frames
             await asyncio.sleep(0.01)
         raise AssertionError(f"no {kind.__name__} within {DEADLINE_S} s")
 

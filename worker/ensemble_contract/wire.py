@@ -129,7 +129,8 @@ class State(msgspec.Struct, frozen=True, rename="camel"):
 
     `serial`: one batch at a time (a CPU device), so that `credits` count batches of the whole worker; otherwise they
     count batches of each instance. `cache_rows`: rows that this gateway may keep here (0: rows are read where they
-    lie); it stays the same for the whole connection.
+    lie); it stays the same for the whole connection. `put_with_run`: a Put's message may end with the Run that needs
+    its rows.
     """
 
     worker: str
@@ -139,6 +140,7 @@ class State(msgspec.Struct, frozen=True, rename="camel"):
     credits: int
     cache_rows: int = 0
     device_class: str = ""
+    put_with_run: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself. Raises ValueError naming the field."""

@@ -1,7 +1,7 @@
 """The engine: the row store, the dispatcher and the links to workers that all plans of a gateway share.
 
-Glue of the pure cores and the links, on one event loop. Requests that arrive in one turn of the loop are dispatched
-together, and requests that finish together are combined together. A plan is served by a pipeline; while one plan
+Glue of the pure cores and the links, on one event loop. Requests that arrive close together are dispatched together,
+and requests that finish together are combined together. A plan is served by a pipeline; while one plan
 replaces another both have one here, so that neither rows nor connections nor workers' caches are there twice.
 """
 
@@ -24,6 +24,7 @@ from ensemble_gateway.pipeline import Pipeline
 from ensemble_gateway.queues import Entry, Request
 from ensemble_gateway.request import Array
 from ensemble_gateway.rowstore import RowStore, slots_within
+from ensemble_gateway.turns import Turns
 
 OVERDUE_CHECK_S = 0.5
 
@@ -54,7 +55,7 @@ class Engine:
         self._addresses: dict[str, WorkerAddress] = {}
         self._columns_used = len(plan.members)
         self._finished: list[Request] = []
-        self._turning = False
+        self._turns = Turns(self._turn)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
         self._watch = self._loop.call_later(OVERDUE_CHECK_S, self._look_after)
@@ -204,15 +205,12 @@ class Engine:
 
     # -- turns ----------------------------------------------------------------------------------------------------
 
-    def wake(self) -> None:
-        """Something has come: go on in the loop's next turn, with all that comes in this one."""
-        if not self._turning:
-            self._turning = True
-            self._loop.call_soon(self._turn)
+    def wake(self, rows: int = 0) -> None:
+        """Something has come, maybe a request of so many rows: go on soon, with what comes close behind."""
+        self._turns.wake(rows)
 
     def _turn(self) -> None:
         """Give open lanes their next batches, then answer what is finished: workers shall not wait for answers."""
-        self._turning = False
         now = self._loop.time()
         touched = set()
         for batch in self.dispatcher.assign(now):

@@ -117,7 +117,7 @@ class Pipeline:
         timeout_s = self.plan.timeout_s if header.timeout_s is None else header.timeout_s
         self._dispatcher.admit(request, now + timeout_s, now)
         self.in_flight += 1
-        self.engine.wake()
+        self.engine.wake(header.rows)
         return request
 
     def infer(self, header: InferHeader, binary: memoryview) -> Awaitable[Answer]:

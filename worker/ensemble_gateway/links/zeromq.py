@@ -66,6 +66,7 @@ class ZeroMQLink:
         self._monitor: zmq.Socket[bytes] | None = None
         self._cache: CacheMap | None = None
         self._cache_rows = 0
+        self._put_with_run = False
         self._in_flight: dict[int, tuple[int, int, Pinned]] = {}
         self._blocked: deque[Batch] = deque()
         self._heard_at = 0.0
@@ -120,15 +121,16 @@ class ZeroMQLink:
         placement = cache.place(batch.ranges)
         if placement is None:
             return False
+        frames: list[bytes | memoryview] = []
         if placement.missing_cache:
-            frames: list[bytes | memoryview] = [
-                wire.encode_put(placement.missing_cache),
-                *self._rows(placement.missing_store),
-            ]
-            _tell(sock, frames, copy=sum(map(len, frames)) < COPY_BELOW)
+            frames = [wire.encode_put(placement.missing_cache), *self._rows(placement.missing_store)]
+            if not self._put_with_run:
+                _tell(sock, frames)
+                frames = []
         self._in_flight[batch.id] = (len(batch.instances), batch.rows, placement.pinned)
         instances = [one.id for one in batch.instances]
-        _tell(sock, [wire.encode_run(batch.id, instances, batch.rows, 0, placement.rows)])
+        frames.append(wire.encode_run(batch.id, instances, batch.rows, 0, placement.rows))
+        _tell(sock, frames)
         return True
 
     def _send_blocked(self, sock: zmq.Socket[bytes], cache: CacheMap) -> None:
@@ -254,6 +256,7 @@ class ZeroMQLink:
             raise ProtocolError("a State without room for rows")
         check_state(state, self.worker, self._cache_rows if self.connected else None)
         self.connected = True
+        self._put_with_run = state.put_with_run
         self._attempts, self._trouble = 0, ""
         if self._cache is None:
             self._cache_rows = state.cache_rows
@@ -284,14 +287,14 @@ class ZeroMQLink:
             self._send_blocked(self._socket, self._cache)
 
 
-def _tell(sock: zmq.Socket[bytes], frames: Sequence[bytes | memoryview], *, copy: bool = True) -> None:
+def _tell(sock: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) -> None:
     """Send a message; there is no limit on how many wait.
 
     A peer that was refused or that broke ZMTP has no queue any more, maybe before the first message: what is told to it
     then is lost, and the monitor's event, which is on its way, resets the link.
     """
     with contextlib.suppress(zmq.Again):
-        sock.send_multipart(frames, zmq.NOBLOCK, copy=copy)
+        sock.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < COPY_BELOW)
 
 
 def _readable(sock: zmq.Socket[bytes]) -> bool:

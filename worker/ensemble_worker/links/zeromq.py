@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -111,7 +112,8 @@ class ZeroMQServer:
     def broadcast(self) -> None:
         """Tell every gateway the State again."""
         peers = list(self._peers)
-        message = wire.encode_control(self._state_for(len(peers), self._cache_rows))
+        state = msgspec.structs.replace(self._state_for(len(peers), self._cache_rows), put_with_run=True)
+        message = wire.encode_control(state)
         for identity in peers:
             self.send([identity, message])
 
@@ -171,7 +173,9 @@ class ZeroMQServer:
             case wire.Run():
                 works.append(Work(peer, message, time.monotonic_ns()))
             case wire.Put():
-                peer.put(message, frames[2:])
+                run = peer.put(message, frames[2:])
+                if run is not None:
+                    works.append(Work(peer, run, time.monotonic_ns()))
             case wire.Bye():
                 self._drop(identity)
             case wire.Ping():
@@ -216,19 +220,25 @@ class ZeroMQPeer:
         self._server = server
         self._inputs = inputs
 
-    def put(self, message: wire.Put, frames: Sequence[zmq.Frame]) -> None:
-        """Take rows into the cache.
+    def put(self, message: wire.Put, frames: Sequence[zmq.Frame]) -> wire.Run | None:
+        """Take rows into the cache, and give the Run that ends the message.
 
-        Raises ProtocolError if the frames are not these rows.
+        Raises ProtocolError if the frames are not these rows and maybe a Run.
         """
-        if len(frames) != len(self._inputs) or message.source.rows:
-            raise ProtocolError(f"a PUT of {len(frames)} tensors, not {len(self._inputs)}")
+        many = len(self._inputs)
+        tensors, rest = frames[:many], frames[many:]
+        if len(tensors) != many or len(rest) > 1 or message.source.rows:
+            raise ProtocolError(f"a PUT of {len(frames)} tensors, not {many}")
         check_slots(message.cache, self.rows.slots)
+        run = wire.decode(rest[0].buffer) if rest else None
+        if run is not None and not isinstance(run, wire.Run):
+            raise ProtocolError(f"a {type(run).__name__} after the rows of a PUT")
         try:
-            arrays = [rows_of(f.buffer, s, message.cache.rows) for f, s in zip(frames, self._inputs, strict=True)]
+            arrays = [rows_of(f.buffer, s, message.cache.rows) for f, s in zip(tensors, self._inputs, strict=True)]
         except ValueError as error:
             raise ProtocolError(str(error)) from error
         self.rows.put(message.cache, arrays)
+        return run
 
     def answer(
         self, run: wire.Run, pieces: Sequence[Sequence[Array]], compute_ns: Sequence[int], queue_ns: int
