@@ -340,7 +340,8 @@ async def test_rows_are_there_when_a_batch_runs(address: str, together: bool) ->
     """Whether the RUN comes in the PUT's message or after it; a later RUN finds them too."""
     x = np.arange(24, dtype=np.float32).reshape(3, 8)
     tag = np.array([[3], [1], [2]])
-    put, first, again = [wire.encode_put([(5, 3)]), x, tag], run_of_rows(1, [(5, 3)]), run_of_rows(2, [(7, 1), (5, 1)])
+    put = [wire.encode_put([(5, 3)]), x.tobytes(), tag.tobytes()]
+    first, again = run_of_rows(1, [(5, 3)]), run_of_rows(2, [(7, 1), (5, 1)])
     async with running(worker_at(address)):
         with zeromq_stranger(address) as other:
             await other.greet()
