@@ -14,7 +14,7 @@ sent. The **plain** bound is the same with members as `torch.export.load` gives 
 
 The bound of a load is the best over layouts and batch sizes: all are tried in short windows, then the best few are
 measured again in the interleaved windows of the run, and the highest median counts. Processes are started once a
-layout, warm, and blocked on a pipe while others are measured.
+layout, warm, and blocked on a pipe while others are measured; those that are the best for no load end before that.
 """
 
 from __future__ import annotations
@@ -154,9 +154,14 @@ class Group:
 
 
 class RawBound:
-    """All layouts of a workload on these cores, started and warm; `plain`: with members as PyTorch loads them."""
+    """The best layouts of a workload on these cores, started and warm; `plain`: with members as PyTorch loads them.
 
-    def __init__(self, workload: Workload, cores: Sequence[int], logs: Path, *, plain: bool) -> None:
+    `finalists` has the best settings for each load, best first, by short windows.
+    """
+
+    def __init__(
+        self, workload: Workload, asked: Iterable[Load], cores: Sequence[int], logs: Path, *, plain: bool
+    ) -> None:
         self._workload = workload
         self._groups: dict[Layout, Group] = {}
         everything = tuple(range(len(workload.members)))
@@ -168,11 +173,24 @@ class RawBound:
                 group = self._groups[layout] = Group(workload, layout, parts, cores, logs, plain=plain)
                 ready = group.ready()
                 member_s = member_s or ready[0].member_s
+            self._free: dict[Setting, float] = {}
+            self.finalists = {load: self._best_settings(load) for load in asked}
+            wanted = {setting.layout for settings in self.finalists.values() for setting in settings}
+            for layout in self._groups.keys() - wanted:
+                self._groups.pop(layout).stop()
             undo.pop_all()
-        self._free: dict[Setting, float] = {}
 
-    def finalists(self, load: Load) -> list[Setting]:
-        """The best settings for a load, best first, by short windows."""
+    def rows_per_s(self, setting: Setting, load: Load, window_s: float) -> float:
+        """One window of a load."""
+        group = self._groups[setting.layout]
+        return group.rows_per_s(load.rows_in_flight, setting.batch, window_s, in_step=load.connections == 1)
+
+    def stop(self) -> None:
+        """End all processes."""
+        for group in self._groups.values():
+            group.stop()
+
+    def _best_settings(self, load: Load) -> list[Setting]:
         rates = {}
         for layout, group in self._groups.items():
             most = min(shares_of(load.rows_in_flight, layout))
@@ -187,16 +205,6 @@ class RawBound:
                 rates[Setting(layout, batch)] = group.rows_per_s(load.rows, batch, CALIBRATION_S, in_step=True)
         best = sorted(rates, key=lambda setting: -rates[setting])
         return [s for s in best if rates[s] >= FINALIST_SHARE * rates[best[0]]][:FINALISTS]
-
-    def rows_per_s(self, setting: Setting, load: Load, window_s: float) -> float:
-        """One window of a load."""
-        group = self._groups[setting.layout]
-        return group.rows_per_s(load.rows_in_flight, setting.batch, window_s, in_step=load.connections == 1)
-
-    def stop(self) -> None:
-        """End all processes."""
-        for group in self._groups.values():
-            group.stop()
 
     def _free_rate(self, setting: Setting) -> float:
         if setting not in self._free:

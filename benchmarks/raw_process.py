@@ -80,6 +80,8 @@ class Process:
         self._config = config
         workload = workloads.read(config.folder)
         self._rows = workload.rows()
+        # With its beginning once more behind its end, every batch lies there in one piece.
+        self._pool = self._rows[np.arange(len(self._rows) + config.max_batch) % len(self._rows)]
         device = self._device()
         self._members = [self._load(workload, workload.members[m], device) for m in config.members]
         with predictor.running_models():
@@ -146,9 +148,8 @@ class Process:
         return (time.perf_counter() - started) / count
 
     def _batches(self, rows: int, batch: int, start: int) -> list[Array]:
-        numbers = np.arange(start, start + rows) % len(self._rows)
-        whole = np.ascontiguousarray(self._rows[numbers])
-        return [whole[i : i + batch] for i in range(0, rows, batch)]
+        begins = [((start + i) % len(self._rows), min(batch, rows - i)) for i in range(0, rows, batch)]
+        return [self._pool[begin : begin + count] for begin, count in begins]
 
     def _round(self, batches: Sequence[Array]) -> None:
         for rows in batches:

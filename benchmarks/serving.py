@@ -136,10 +136,11 @@ class Bench:
         logs = Path(workload.folder) / "logs"
         cores = sorted(os.sched_getaffinity(0))
         self._generators = Generators(workload, logs, undo)
-        say(f"{workload.name}: starting the raw bounds' processes")
-        self._bounds = [RawBound(workload, cores, logs, plain=plain) for plain in (False, True)]
-        for bound in self._bounds:
-            undo.callback(bound.stop)
+        self._bounds: list[RawBound] = []
+        for name, plain in (("raw", False), ("plain raw", True)):
+            say(f"{workload.name}: looking for the best settings of {name}")
+            self._bounds.append(RawBound(workload, self.asked, cores, logs, plain=plain))
+            undo.callback(self._bounds[-1].stop)
         self._peers: dict[str, Mosec] = {}
         for name, plain in (PEERS[peer] for peer in options.peers):
             say(f"{workload.name}: looking for the best settings of {name}")
@@ -164,7 +165,7 @@ class Bench:
         turns: list[Callable[[], None]] = []
         rates: list[dict[Setting, list[float]]] = []
         for bound in self._bounds:
-            found: dict[Setting, list[float]] = {setting: [] for setting in bound.finalists(load)}
+            found: dict[Setting, list[float]] = {setting: [] for setting in bound.finalists[load]}
             turns += [partial(self._raw_window, bound, found, setting, load) for setting in found]
             rates.append(found)
         for system in self._systems(load):
