@@ -50,10 +50,13 @@ class Role(Enum):
     NARROW_BIAS = "narrow bias"
 
     def laid_out(self, stacked: torch.Tensor) -> torch.Tensor:
-        """Those of all members, one after the other, as the product of their layer wants them."""
+        """Those of all members, one after the other, as the product of their layer wants them.
+
+        Weights are turned in memory: a product of few rows that turns them on its way takes up to half as long again.
+        """
         match self:
             case Role.WEIGHT:
-                return stacked.transpose(1, 2)
+                return stacked.transpose(1, 2).contiguous()
             case Role.BIAS:
                 return stacked.unsqueeze(1)
             case Role.NARROW_WEIGHT:

@@ -31,6 +31,10 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DATATYPES = {dtype: name for name, dtype in DTYPES.items()}
 
+# Numbers of FP32 in the largest vector register, and how many numbers it takes for turning them to be worth it.
+VECTOR = 16
+WORTH_TURNING = 512
+
 
 def describe(dtype: torch.dtype, shape: Sequence[int]) -> str:
     """A tensor in the words of a resource: datatype and shape."""
@@ -80,8 +84,19 @@ def activated(spec: TensorSpec, activation: str) -> Callable[[torch.Tensor], tor
     if activation == "softmax":
         if not spec.shape:
             raise InvalidModel(f"output {spec.name!r} has no class dimension: softmax needs one")
-        return lambda y: torch.softmax(y, -1, dtype=carried)
+        return lambda y: _softmax(y, carried)
     return lambda y: torch.sigmoid(y.to(carried))
+
+
+def _softmax(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Probabilities over the last axis, in `dtype`.
+
+    On CPUs PyTorch computes a last axis that is shorter than a vector register one number at a time; along another axis
+    it computes many rows at once, which pays for turning them.
+    """
+    if y.is_cuda or y.dim() < 2 or y.shape[-1] >= VECTOR or y.numel() < WORTH_TURNING:
+        return torch.softmax(y, -1, dtype=dtype)
+    return torch.softmax(y.transpose(-1, -2).contiguous(), -2, dtype=dtype).transpose(-1, -2)
 
 
 def exporter(spec: TensorSpec, activation: str, *, owned: bool) -> Callable[[torch.Tensor], Array]:
