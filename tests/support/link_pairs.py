@@ -77,7 +77,7 @@ class NumpyWorker:
     def _state_for(self, gateways: int, cache_rows: int) -> State:
         self.gateways = gateways
         live = tuple(LiveInstance(one, f"m{one}", "d", BATCH_ROWS, 0.001) for one in INSTANCES)
-        return State(NAME, 1, live, True, self.credits, cache_rows)
+        return State(NAME, 1, live, True, self.credits, cache_rows, put_with_run=True)
 
     def _run(self) -> None:
         waiting: list[Work] = []

@@ -145,7 +145,10 @@ class Serving:
         )
         granted = max(1, CREDITS // max(1, gateways))
         serial = self._device.kind == "cpu"
-        return State(self._name, self._generation(), live, serial, granted, cache_rows, self._device.device_class)
+        return State(
+            self._name, self._generation(), live, serial, granted, cache_rows, self._device.device_class,
+            put_with_run=True,
+        )  # fmt: skip
 
     # -- instances ------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -112,8 +111,7 @@ class ZeroMQServer:
     def broadcast(self) -> None:
         """Tell every gateway the State again."""
         peers = list(self._peers)
-        state = msgspec.structs.replace(self._state_for(len(peers), self._cache_rows), put_with_run=True)
-        message = wire.encode_control(state)
+        message = wire.encode_control(self._state_for(len(peers), self._cache_rows))
         for identity in peers:
             self.send([identity, message])
 
