@@ -1,8 +1,8 @@
 """The engine: the row store, the dispatcher and the links to workers that all plans of a gateway share.
 
 Glue of the pure cores and the links, on one event loop. Requests that arrive close together are dispatched together,
-and requests that finish together are combined together. A plan is served by a pipeline; while one plan
-replaces another both have one here, so that neither rows nor connections nor workers' caches are there twice.
+and requests that finish together are combined together. A plan is served by a pipeline; while one plan replaces another
+both have one here, so that neither rows nor connections nor workers' caches are there twice.
 """
 
 from __future__ import annotations
