@@ -60,8 +60,8 @@ $(COMPILED)/.installed: pyproject.toml hatch_build.py constraints.txt $(shell fi
 	    --target $(COMPILED) .
 	@rm -rf $(COMPILED)/ensemble_operator $(COMPILED)/bin && touch $@
 
-DATA_PLANE := cache_map combiner deadlines dispatcher* gather lanes metrics placement queues replies ring rowstore \
-    data_plane device_rows edge* executor* faults gateway_clients links* plan_changes predictor stacks
+DATA_PLANE := activations cache_map combiner deadlines dispatcher* gather lanes metrics placement queues replies ring \
+    rowstore turns data_plane device_rows edge* executor* faults gateway_clients links* plan_changes predictor stacks
 .PHONY: test-compiled
 test-compiled: $(COMPILED)/.installed  ## Run the data plane's tests against the compiled modules; ARGS goes to pytest
 	@export PYTHONPATH=$(abspath $(COMPILED)); \
