@@ -79,9 +79,10 @@ class Process:
     def __init__(self, config: ProcessConfig) -> None:
         self._config = config
         workload = workloads.read(config.folder)
-        self._rows = workload.rows()
+        rows = workload.rows()
         # With its beginning once more behind its end, every batch lies there in one piece.
-        self._pool = self._rows[np.arange(len(self._rows) + config.max_batch) % len(self._rows)]
+        self._pool = rows[np.arange(len(rows) + config.max_batch) % len(rows)]
+        self._rows = self._pool[: len(rows)]
         device = self._device()
         self._members = [self._load(workload, workload.members[m], device) for m in config.members]
         with predictor.running_models():

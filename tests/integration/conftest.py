@@ -1,7 +1,8 @@
-"""What several integration tests share for a session."""
+"""What several integration tests share."""
 
 from tests.support.control_plane import control_plane, namespace
 from tests.support.data_plane import workers
+from tests.support.link_strangers import address, linker
 from tests.support.own_plane import own_plane
 
-__all__ = ["control_plane", "namespace", "own_plane", "workers"]
+__all__ = ["address", "control_plane", "linker", "namespace", "own_plane", "workers"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Iterator
 
 import pytest
 import zmq
@@ -13,13 +12,7 @@ import zmq
 from ensemble_contract.keys import KeyFiles
 from ensemble_gateway.links import SILENCE_S
 from tests.support.link_pairs import Gateway, free_port, gateway, running, worker_at
-from tests.support.link_strangers import Linker, zeromq_links
-
-
-@pytest.fixture
-def linker() -> Iterator[Linker]:
-    with zeromq_links() as links:
-        yield links
+from tests.support.link_strangers import Linker
 
 
 async def test_the_systems_names_are_found(linker: Linker) -> None:

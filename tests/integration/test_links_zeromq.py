@@ -7,18 +7,14 @@ import contextlib
 import gc
 import mmap
 import signal
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import ANY
 
 import numpy as np
 import pytest
-import zmq
 
 from ensemble_contract import wire
-from ensemble_contract.keys import KeyFiles
 from ensemble_gateway.links import HEARTBEAT_S, SILENCE_S
 from tests.support.descriptors import open_descriptors
 from tests.support.link_members import BIG_INPUTS, INPUTS, INSTANCES, stacked
@@ -26,7 +22,6 @@ from tests.support.link_pairs import (
     BATCH_ROWS,
     DEADLINE_S,
     Gateway,
-    free_port,
     gateway,
     running,
     worker_at,
@@ -39,17 +34,6 @@ from tests.support.link_strangers import (
     zeromq_links,
     zeromq_stranger,
 )
-
-
-@pytest.fixture
-def linker() -> Iterator[Linker]:
-    with zeromq_links() as links:
-        yield links
-
-
-@pytest.fixture
-def address() -> str:
-    return f"tcp://127.0.0.1:{free_port()}"
 
 
 async def test_thousands_of_batches_of_random_ranges(address: str, linker: Linker) -> None:
@@ -226,81 +210,6 @@ async def test_an_address_in_use_is_an_error_that_names_it(address: str) -> None
         assert open_descriptors() <= before
 
 
-def key_pairs() -> tuple[KeyFiles, KeyFiles]:
-    """The worker's and the gateway's."""
-    (worker_public, worker_secret), (gateway_public, gateway_secret) = zmq.curve_keypair(), zmq.curve_keypair()
-    return KeyFiles(worker_public, worker_secret, gateway_public), KeyFiles(
-        gateway_public, gateway_secret, worker_public
-    )
-
-
-async def test_the_listed_key_is_admitted(address: str, linker: Linker) -> None:
-    worker_keys, gateway_keys = key_pairs()
-    worker = worker_at(address, keys=worker_keys)
-    async with running(worker), gateway(linker(address, gateway_keys)) as owner:
-        await owner.run(200, cancel=0.1)
-        assert owner.lost == []
-
-
-def wrong_keys(gateway_keys: KeyFiles) -> dict[str, KeyFiles | None]:
-    public, secret = zmq.curve_keypair()
-    return {
-        "unlisted": replace(gateway_keys, own_public=public, own_secret=secret),
-        "wrong server": replace(gateway_keys, peer_public=public),
-        "none": None,
-    }
-
-
-@pytest.mark.parametrize("which", ["unlisted", "wrong server", "none"])
-async def test_other_keys_are_refused(
-    address: str, linker: Linker, which: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """An unlisted key knows the server's public key, which CURVE alone would admit."""
-    worker_keys, gateway_keys = key_pairs()
-    worker = worker_at(address, keys=worker_keys)
-    async with running(worker), gateway(linker(address, gateway_keys)) as owner:
-        refused = Gateway()
-        refused.link = linker(address, wrong_keys(gateway_keys)[which])(refused)
-        try:
-            refused.link.start()
-            await refused.until(lambda: "worker-0 cannot be used" in caplog.text, timeout_s=SILENCE_S + 2)
-            assert worker.gateways == 1
-            assert (refused.states, refused.link.connected) == ([], False)
-            if which == "unlisted":
-                assert "the handshake failed" in caplog.text
-        finally:
-            refused.close()
-        await owner.run(20)
-        assert owner.lost == []
-
-
-async def test_a_gateway_refused_before_its_first_message_is_let_in_with_other_keys(
-    address: str, linker: Linker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its thread is held up between `connect` and what it says first, for so long that the worker's answer is there."""
-    worker_keys, gateway_keys = key_pairs()
-    unlisted = wrong_keys(gateway_keys)["unlisted"]
-    assert unlisted is not None
-    keys = [unlisted, unlisted, gateway_keys]
-    connect = zmq.Socket.connect
-
-    def connect_and_be_refused(sock: zmq.Socket[bytes], endpoint: str) -> object:
-        connected = connect(sock, endpoint)
-        if sock.type == zmq.DEALER and keys:
-            deadline = time.monotonic() + DEADLINE_S
-            while sock.poll(1, zmq.POLLOUT):
-                assert time.monotonic() < deadline
-                time.sleep(0.001)
-        return connected
-
-    monkeypatch.setattr(zmq.Socket, "connect", connect_and_be_refused)
-    worker = worker_at(address, keys=worker_keys)
-    async with running(worker), gateway(linker(address, lambda: keys.pop(0))) as owner:
-        assert "the handshake failed" in caplog.text
-        assert keys == []
-        await owner.run(20)
-
-
 @pytest.mark.parametrize("sockets", [3, 4])
 async def test_a_gateway_without_room_for_a_socket_tries_again(
     address: str, sockets: int, caplog: pytest.LogCaptureFixture
@@ -318,21 +227,6 @@ async def test_a_gateway_without_room_for_a_socket_tries_again(
                 await waiting.run(20)
             finally:
                 waiting.close()
-
-
-async def test_a_worker_without_keys_refuses_a_gateway_with_keys(
-    address: str, linker: Linker, caplog: pytest.LogCaptureFixture
-) -> None:
-    _, gateway_keys = key_pairs()
-    async with running(worker_at(address)) as worker:
-        refused = Gateway()
-        refused.link = linker(address, gateway_keys)(refused)
-        try:
-            refused.link.start()
-            await refused.until(lambda: "worker-0 cannot be used" in caplog.text, timeout_s=SILENCE_S + 2)
-            assert worker.gateways == 0
-        finally:
-            refused.close()
 
 
 @pytest.mark.parametrize("together", [False, True])

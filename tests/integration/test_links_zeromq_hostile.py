@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
 from ensemble_contract import wire
 from ensemble_gateway.links import SILENCE_S
 from tests.support.link_members import INPUTS, OUTPUTS
-from tests.support.link_pairs import DEADLINE_S, Gateway, free_port, gateway, running, worker_at
+from tests.support.link_pairs import DEADLINE_S, Gateway, gateway, running, worker_at
 from tests.support.link_strangers import (
     HOSTILE_RUNS,
     Linker,
@@ -21,20 +21,8 @@ from tests.support.link_strangers import (
     goes_on,
     result_of,
     state,
-    zeromq_links,
     zeromq_stranger,
 )
-
-
-@pytest.fixture
-def linker() -> Iterator[Linker]:
-    with zeromq_links() as links:
-        yield links
-
-
-@pytest.fixture
-def address() -> str:
-    return f"tcp://127.0.0.1:{free_port()}"
 
 
 @contextlib.asynccontextmanager

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import pytest
 import zmq
 
 from ensemble_contract import wire
@@ -24,7 +25,7 @@ from ensemble_gateway.links.resolver import Resolver, addresses_of
 from ensemble_gateway.links.shared import SharedLink
 from ensemble_gateway.links.zeromq import ZeroMQLink
 from tests.support.link_members import INPUTS
-from tests.support.link_pairs import DEADLINE_S, NAME, Gateway, NumpyWorker
+from tests.support.link_pairs import DEADLINE_S, NAME, Gateway, NumpyWorker, free_port
 
 RING = HEADER_BYTES + 4096
 ARENA = 1 << 16
@@ -62,6 +63,19 @@ def zeromq_links(sockets: int = 1023) -> Iterator[Linker]:
 
     yield link_to
     context.term()
+
+
+@pytest.fixture
+def linker() -> Iterator[Linker]:
+    """For links of one test."""
+    with zeromq_links() as links:
+        yield links
+
+
+@pytest.fixture
+def address() -> str:
+    """Where a worker can listen."""
+    return f"tcp://127.0.0.1:{free_port()}"
 
 
 def state(cache_rows: int = 0, **more: object) -> bytes:
