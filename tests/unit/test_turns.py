@@ -1,11 +1,17 @@
-"""Turns on a real event loop, with a clock of our own."""
+"""Turns on a real event loop, with a clock of our own, and the alarm on both loops, with theirs."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
-from ensemble_gateway.turns import GATHER_ROWS, GATHER_S, Turns
+import pytest
+import uvloop
+
+from ensemble_gateway.turns import GATHER_ROWS, GATHER_S, Alarm, Turns
+
+# Of a clock that counts seconds since the machine was started.
+ROUNDING_S = 1e-9
 
 
 class Clock:
@@ -94,3 +100,46 @@ async def test_what_has_no_rows_waits_for_nothing() -> None:
         asked.turns.wake()
         await asyncio.sleep(0)
         assert asked.began.pop() == 0
+
+
+async def rung(*after_s: float) -> list[float]:
+    """When an alarm has rung that was set so, in seconds from now."""
+    loop = asyncio.get_running_loop()
+    now = loop.time()
+    rings: list[float] = []
+    alarm = Alarm(lambda: rings.append(loop.time() - now))
+    for each_s in after_s:
+        alarm.set(now + each_s)
+    await asyncio.sleep(max(after_s) + 0.05)
+    return rings
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("after_s", [-1.0, 0.0, 0.0001, 0.0004, 0.001, 0.0054, 0.0056, 0.0212])
+def test_an_alarm_rings_once_and_never_too_early(loop: Callable[[], asyncio.AbstractEventLoop], after_s: float) -> None:
+    with asyncio.Runner(loop_factory=loop) as runner:
+        rings = runner.run(rung(after_s))
+    assert len(rings) == 1
+    assert rings[0] >= after_s - ROUNDING_S
+
+
+def test_an_alarm_rings_at_the_earliest_of_its_times() -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        rings = runner.run(rung(0.2, 0.02, 0.1))
+    assert len(rings) == 1
+    assert 0.02 - ROUNDING_S <= rings[0] < 0.1
+
+
+async def test_an_alarm_that_is_stopped_does_not_ring_and_can_be_set_again() -> None:
+    loop = asyncio.get_running_loop()
+    rings: list[int] = []
+    alarm = Alarm(lambda: rings.append(1))
+    alarm.set(loop.time() + 0.01)
+    alarm.stop()
+    await asyncio.sleep(0.03)
+    assert rings == []
+    alarm.set(loop.time() + 0.5)
+    alarm.set(loop.time())
+    await asyncio.sleep(0.03)
+    assert rings == [1]
+    alarm.stop()

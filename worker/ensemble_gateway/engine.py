@@ -24,7 +24,7 @@ from ensemble_gateway.pipeline import Pipeline
 from ensemble_gateway.queues import Entry, Request
 from ensemble_gateway.request import Array
 from ensemble_gateway.rowstore import RowStore, slots_within
-from ensemble_gateway.turns import Turns
+from ensemble_gateway.turns import Alarm, Turns
 
 OVERDUE_CHECK_S = 0.5
 
@@ -56,8 +56,7 @@ class Engine:
         self._columns_used = len(plan.members)
         self._finished: list[Request] = []
         self._turns = Turns(self._turn)
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = math.inf
+        self._alarm = Alarm(self._on_time)
         self._watch = self._loop.call_later(OVERDUE_CHECK_S, self._look_after)
 
     # -- plans ----------------------------------------------------------------------------------------------------
@@ -126,9 +125,8 @@ class Engine:
             request.owner.refuse_at_end(request)
         for link in self.links.values():
             link.close()
-        for timer in (self._timer, self._watch):
-            if timer is not None:
-                timer.cancel()
+        self._alarm.stop()
+        self._watch.cancel()
         self._memory.close()
 
     def _connect(self) -> None:
@@ -222,7 +220,9 @@ class Engine:
         if self._finished:
             finished, self._finished = self._finished, []
             self._answer(finished, now)
-        self._set_timer()
+        at = self.dispatcher.next_at()
+        if at is not None:
+            self._alarm.set(at)
 
     def _answer(self, finished: list[Request], now: float) -> None:
         groups: dict[int, list[Request]] = {}
@@ -254,17 +254,7 @@ class Engine:
         self._telling = False
         self._changed()
 
-    def _set_timer(self) -> None:
-        at = self.dispatcher.next_at()
-        if at is None or at >= self._timer_at:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = at
-        self._timer = self._loop.call_at(at, self._on_time)
-
     def _on_time(self) -> None:
-        self._timer, self._timer_at = None, math.inf
         self._finished += self.dispatcher.expire(self._loop.time())
         self._turn()
 
