@@ -48,7 +48,8 @@ def _measured(size: int, rows_per_s: float) -> Measurement:
         ({1: 20.0}, 8, 2.0, True),  # the first two are compared, whatever they are
         ({1: 20.0}, 8, 1.0, False),  # no time for it
         ({1: 20.0, 8: 25.0}, 32, 5.0, False),
-        ({1: 20.0, 8: 25.0}, 32, 6.0, True),
+        ({1: 20.0, 8: 25.0}, 32, 6.0, False),
+        ({1: 20.0, 8: 25.0}, 32, 6.2, True),
     ],
 )
 def test_a_larger_size_is_measured_if_it_is_quick_or_the_last_brought_more(
@@ -97,6 +98,16 @@ def test_one_line_for_the_load_and_one_for_each_size(tmp_path: Path) -> None:
         assert size["memoryBytes"] > weights
         assert size["spread"] >= 0
     assert sizes[1]["rowsPerS"] > sizes[0]["rowsPerS"]
+
+
+def test_a_size_is_told_by_what_is_known_of_a_smaller_one(tmp_path: Path) -> None:
+    path = models.export_mlp(tmp_path / "m.pt2", seed=1, hidden=512)
+    _, *alone = _lines(_measure(*CPU, "--sizes", "16,64", "--budget-s", "60", spec=_spec(path)))
+    # A smaller one that is said to take a thousand times as long makes all the others take so long.
+    known = f"16:{1000 * alone[0]['latencyS']}"
+    _, beside = _lines(_measure(*CPU, "--sizes", "64", "--known", known, "--budget-s", "60", spec=_spec(path)))
+    assert beside["batchSize"] == 64
+    assert 100 < beside["latencyS"] / alone[1]["latencyS"] < 10_000
 
 
 def test_a_spent_budget_still_gives_the_smallest_size(tmp_path: Path) -> None:

@@ -245,7 +245,9 @@ class ProfileJob:
             )
             return
         _LOG.info("measuring %s at %s rows", task.source.name, ", ".join(map(str, sizes)))
-        rest = ("--spec", "-", "--sizes", ",".join(map(str, sizes)), "--budget-s", f"{task.budget_s:g}")
+        rest = ["--spec", "-", "--sizes", ",".join(map(str, sizes)), "--budget-s", f"{task.budget_s:g}"]
+        if known := progress.found.before(sizes[0]):
+            rest += ["--known", f"{known.batch_size}:{known.latency_s!r}"]
         command = self._command("measure", spare_bytes, *rest)
         spec = {"member": task.source, "inputs": task.inputs, "outputs": task.outputs}
 

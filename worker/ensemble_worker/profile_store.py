@@ -64,6 +64,11 @@ class Found(msgspec.Struct, frozen=True, rename="camel"):
         """The same, and a batch size that so much memory does not suffice for."""
         return msgspec.structs.replace(self, failed_size=size, failed_bytes=memory_bytes, error=error)
 
+    def before(self, size: int) -> Point | None:
+        """The largest batch size below this one."""
+        smaller = [point for point in self.points if point.batch_size < size]
+        return smaller[-1] if smaller else None
+
     def is_too_large(self, size: int, memory_bytes: int | None) -> bool:
         """Whether a batch size has run out of memory, and there is not noticeably more of it now."""
         if not 0 < self.failed_size <= size:

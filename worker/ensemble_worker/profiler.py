@@ -1,16 +1,16 @@
 """`python -m ensemble_worker measure`: what one member costs on one device, measured alone in this fresh process.
 
 Prints a JSON object a line as results come: how a download goes on, then the signature, the load and the weights, then
-one for each batch size, in ascending order, for as long as a larger one may be worth its time. The model is loaded
-once. Memory is what the instance adds to an idle worker with torch, and the process is capped, so that measuring never
-takes memory from what serves.
+one for each batch size, in ascending order, for as long as a larger one may be worth its time; each is measured in
+turns with the one before it. The model is loaded once. Memory is what the instance adds to an idle worker with torch,
+and the process is capped, so that measuring never takes memory from what serves.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from ensemble_contract.errors import ContractError
 from ensemble_contract.orphan import die_with_parent
 from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import FLOATING, TensorSpec, fp32_to_bf16
-from ensemble_worker import predictor, signature, storage
+from ensemble_worker import predictor, signature, storage, timing
 from ensemble_worker.chosen_forms import ChosenForms
 from ensemble_worker.devices import Device
 from ensemble_worker.errors import InvalidArchive, InvalidModel, ModelError, WorkerError
@@ -33,8 +33,6 @@ from ensemble_worker.measured_device import add_device, device_of, give_way, num
 from ensemble_worker.meter import Meter, prepare
 from ensemble_worker.signature import Signature
 
-MIN_RUNS, MAX_RUNS = 3, 1000
-SIZE_S = 0.25
 # A larger batch that is not quick to measure is tried only while the last one brought so much more.
 WORTHWHILE_GAIN = 1.02
 PROGRESS_PERIOD_S = 0.25
@@ -92,7 +90,9 @@ def main(argv: list[str]) -> int:
         return USAGE_EXIT
     try:
         budget = Budget(options.budget_s, options.load_included)
-        measure(subject, device, options.sizes, budget, options.memory_limit, options.cache_dir, _print_line)
+        measure(
+            subject, device, options.sizes, options.known, budget, options.memory_limit, options.cache_dir, _print_line
+        )
     except ModelError as error:
         _print_line({"error": str(error), "kind": error.kind})
     return 0
@@ -101,6 +101,13 @@ def main(argv: list[str]) -> int:
 def _print_line(line: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
+
+
+class Known(NamedTuple):
+    """A batch size that was measured before, and the seconds that a batch of it takes."""
+
+    batch_size: int
+    latency_s: float
 
 
 class Budget(NamedTuple):
@@ -114,12 +121,15 @@ def measure(
     subject: Subject,
     device: Device,
     sizes: Sequence[int],
+    known: Known | None,
     budget: Budget,
     memory_limit: int | None,
     cache_dir: Path,
     say: Say,
 ) -> None:
     """Say the lines that `measure` prints. The first batch size is measured even if the budget is spent by then.
+
+    It is measured in turns with what is `known`, where something is.
 
     Changes this process: its number of threads and its limit of memory. Raises ModelError if the member cannot be
     loaded, or does not run at its smallest batch size.
@@ -137,13 +147,18 @@ def measure(
     say(_first_line(told, device, time.monotonic() - before, meter))
     ChosenForms(cache_dir).keep(subject.member, device, model.form)
     deadline = (before if budget.load_included else time.monotonic()) + budget.seconds
-    found = [_measure_size(loaded, inputs, ascending[0], meter)]
+    batch, before_it = _Batch(loaded, inputs, ascending[0]), None
+    if known is not None and known.batch_size < ascending[0]:
+        before_it = _Batch(model.at(known.batch_size), inputs, known.batch_size), known.latency_s
+    found = [_measure_size(batch, before_it, meter)]
     say(found[0].as_json())
     for size in ascending[1:]:
         if not _is_worthwhile(found, size, deadline - time.monotonic()):
             return
+        before_it = batch, found[-1].latency_s
         try:
-            found.append(_measure_size(model.at(size), inputs, size, meter))
+            batch = _Batch(model.at(size), inputs, size)
+            found.append(_measure_size(batch, before_it, meter))
         except ModelError as error:
             say({"error": str(error), "kind": error.kind, "batchSize": size})
             return
@@ -153,14 +168,14 @@ def measure(
 def _is_worthwhile(found: Sequence[Measurement], size: int, left_s: float) -> bool:
     """Whether to measure a larger batch: quick ones while there is time, others while larger ones bring more.
 
-    Its time is that of the last one, row for row, for a warm-up and the fewest runs.
+    Its time is that of the last one, row for row, for a warm-up and the fewest turns of both.
     """
     last = found[-1]
-    expected_s = (1 + MIN_RUNS) * size / last.rows_per_s
+    expected_s = (1 + timing.MIN_RUNS) * size / last.rows_per_s + timing.MIN_RUNS * last.latency_s
     if expected_s > left_s:
         return False
     best_before = max((one.rows_per_s for one in found[:-1]), default=0.0)
-    return expected_s < SIZE_S or last.rows_per_s > WORTHWHILE_GAIN * best_before
+    return expected_s < timing.SIZE_S or last.rows_per_s > WORTHWHILE_GAIN * best_before
 
 
 def _saying_progress(say: Say) -> storage.Progress:
@@ -183,19 +198,26 @@ def _first_line(told: Signature, device: Device, load_s: float, meter: Meter) ->
     }
 
 
-def _measure_size(loaded: predictor.Predictor, inputs: tuple[TensorSpec, ...], size: int, meter: Meter) -> Measurement:
-    """Repeat batches for a quarter of a second, at least three times; the median says how long one takes."""
+class _Batch:
+    """So many rows, and the predictor for them."""
+
+    def __init__(self, loaded: predictor.Predictor, inputs: tuple[TensorSpec, ...], size: int) -> None:
+        self.size, self.form = size, loaded.form
+        self._loaded, self._rows = loaded, _rows(inputs, size)
+
+    def run(self) -> object:
+        return self._loaded.run(self._rows)
+
+
+def _measure_size(batch: _Batch, before_it: tuple[_Batch, float] | None, meter: Meter) -> Measurement:
+    """The measurement of a batch, in turns with the one before it, of which the seconds are known."""
     meter.reset_peak()
-    rows = _rows(inputs, size)
-    latencies: list[float] = []
-    deadline = time.perf_counter() + SIZE_S
-    while len(latencies) < MIN_RUNS or (time.perf_counter() < deadline and len(latencies) < MAX_RUNS):
-        before = time.perf_counter()
-        loaded.run(rows)
-        latencies.append(time.perf_counter() - before)
-    latency_s = statistics.median(latencies)
-    low, high = np.percentile(latencies, [10, 90])
-    return Measurement(size, size / latency_s, latency_s, (high - low) / latency_s, meter.peak_added(), loaded.form)
+    if before_it is None:
+        latency_s, spread = timing.alone(batch.run)
+    else:
+        known, known_s = before_it
+        latency_s, spread = timing.in_turns(batch.run, known.run, known_s)
+    return Measurement(batch.size, batch.size / latency_s, latency_s, spread, meter.peak_added(), batch.form)
 
 
 def _rows(inputs: tuple[TensorSpec, ...], size: int) -> list[np.ndarray[Any, np.dtype[Any]]]:
@@ -245,6 +267,14 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
+def _known(text: str) -> Known:
+    rows, _, seconds = text.partition(":")
+    known = Known(int(rows), float(seconds))
+    if known.batch_size < 1 or not 0 < known.latency_s < math.inf:
+        raise ValueError(text)
+    return known
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ensemble_worker measure", description=__doc__, allow_abbrev=False)
     add_device(parser)
@@ -252,6 +282,12 @@ def _parser() -> argparse.ArgumentParser:
         "--spec", required=True, metavar="FILE|-", help='JSON: {"member": ..., "inputs": ..., "outputs": ...}'
     )
     parser.add_argument("--sizes", type=_sizes, default=[1], metavar="N,N", help="batch sizes in rows")
+    parser.add_argument(
+        "--known",
+        type=_known,
+        metavar="ROWS:SECONDS",
+        help="a batch size that was measured before: the first is measured in turns with it, and compared",
+    )
     parser.add_argument(
         "--budget-s", type=float, default=30.0, help="for all batch sizes together, once the model is loaded"
     )

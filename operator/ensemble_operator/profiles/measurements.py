@@ -14,7 +14,7 @@ from ensemble_operator.errors import EnsembleError, InvalidSpec
 from ensemble_operator.errors import Problem as SpecProblem
 
 # Rows/s of common networks change little between these.
-LANDMARKS = (1, 8, 32, 128, 512)
+LANDMARKS = (1, 4, 8, 32, 128, 512)
 # Torch and its libraries, where no measurement on the device class says better.
 UNMEASURED_OVERHEAD_BYTES = 512 << 20
 
@@ -62,6 +62,11 @@ class Measurement(msgspec.Struct, frozen=True, rename="camel"):
     points: tuple[Point, ...] = ()
     overhead_bytes: int = 0
     error: str = ""
+
+    def before(self, size: int) -> Point | None:
+        """The largest batch size below this one."""
+        smaller = [point for point in self.points if point.batch_size < size]
+        return max(smaller, key=lambda point: point.batch_size, default=None)
 
 
 class Download(msgspec.Struct, frozen=True, rename="camel"):

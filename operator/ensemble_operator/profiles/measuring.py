@@ -22,6 +22,7 @@ from ensemble_operator.profiles.measurements import (
     Download,
     Measurement,
     NotUnderstood,
+    Point,
     devices_of,
     download_of,
     measurement_of,
@@ -117,7 +118,7 @@ class Measurer:
         device = await self._free[device_class].get()
         try:
             self._report(f"measuring {task.source.name} on {device.name}")
-            found = await self._run(replace(task, sizes=sizes), device)
+            found = await self._run(replace(task, sizes=sizes), device, kept.measurement.before(sizes[0]))
         finally:
             self._free[device_class].put_nowait(device)
         known = merged(kept, found, sizes, *limits)
@@ -128,7 +129,7 @@ class Measurer:
                 self._report(f"profiles are not kept: {error.filename}: {error.strerror}")
         return selected(known, task.sizes)
 
-    async def _run(self, task: Task, device: Device) -> Measurement:
+    async def _run(self, task: Task, device: Device, known: Point | None) -> Measurement:
         spec = {"member": task.source, "inputs": task.inputs, "outputs": task.outputs}
         cores = ("--cores", ",".join(map(str, device.cores))) if device.cores else ()
         limit = ("--memory-limit", str(device.capacity_bytes)) if device.kind == "cpu" else ()
@@ -137,6 +138,7 @@ class Measurer:
             "--sizes", ",".join(map(str, task.sizes)), "--budget-s", f"{task.budget_s:g}",
             "--cache-dir", str(self._models), "--parent-pid", str(os.getpid()),
             *(("--load-included",) if task.load_included else ()),
+            *(("--known", f"{known.batch_size}:{known.latency_s!r}") if known is not None else ()),
         )  # fmt: skip
         lines: list[str] = []
         name = task.source.name
