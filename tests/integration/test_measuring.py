@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 from rich.console import Console
@@ -58,6 +59,22 @@ async def test_a_member_is_downloaded_with_a_line_measured_and_then_known(tmp_pa
     assert all(point.memory_bytes > 0 and point.rows_per_s > 0 for point in measured.points)
     assert await measurer.measure({"cat": task}) == found
     assert len(said) == 2
+
+
+async def test_further_sizes_are_told_by_what_is_known(tmp_path: Path) -> None:
+    path = models.export_mlp(tmp_path / "m.pt2", seed=1)
+    source = ModelSource("cat", "d", path.as_uri(), "torch-export")
+    devices = (Device("cpu-0", "cpu", "K", 1 << 30, (0,)),)
+    measurer = Measurer(devices, tmp_path / "cache", print)
+    first = (await measurer.measure({"cat": Task(source, True, (), (), (1, 8), 30.0)}))["cat", "K"]
+    (file,) = (tmp_path / "cache/profiles").glob("*.json")
+    kept = msgspec.json.decode(file.read_bytes())
+    # As if the machine had been a thousand times slower, at the size next to the one that is measured now.
+    kept["measurement"]["points"][1]["latencyS"] *= 1000
+    file.write_bytes(msgspec.json.encode(kept))
+    whole = (await measurer.measure({"cat": Task(source, True, (), (), (1, 8, 16), 90.0)}))["cat", "K"]
+    assert [point.batch_size for point in whole.points] == [1, 8, 16]
+    assert 100 < whole.points[2].latency_s / first.points[1].latency_s < 10_000
 
 
 RUNNER = """

@@ -106,6 +106,27 @@ def test_a_restarted_worker_knows_what_was_measured(worker: PodWorker, tmp_path:
         again.end()
 
 
+def test_further_sizes_are_told_by_what_is_known(worker: PodWorker, tmp_path: Path) -> None:
+    path = models.export_mlp(tmp_path / "m.pt2", seed=1)
+    worker.ask("PUT", "/v1/profile", {"id": "quick", "tasks": [task(path, 1, 8)]})
+    (first,) = done(worker)
+    worker.end()
+    (file,) = (file for file in tmp_path.rglob("profiles/*.json") if b'"points"' in file.read_bytes())
+    kept = msgspec.json.decode(file.read_bytes())
+    # As if the machine had been a thousand times slower, at the size next to the one that is measured now.
+    kept["points"][1]["latencyS"] *= 1000
+    file.write_bytes(msgspec.json.encode(kept))
+    again = PodWorker(tmp_path, "pod-0", device=("cpu-0", "--threads", "1", "--memory", str(4 << 30)))
+    try:
+        again.wait_up()
+        again.ask("PUT", "/v1/profile", {"id": "all", "tasks": [task(path, 1, 8, 16)]})
+        (whole,) = done(again)
+    finally:
+        again.end()
+    assert [point["batchSize"] for point in whole["points"]] == [1, 8, 16]
+    assert 100 < whole["points"][2]["latencyS"] / first["points"][1]["latencyS"] < 10_000
+
+
 def sharing(*paths: Path, budget_s: float = 1.0, size: int = 8) -> dict[str, Any]:
     """Members to run together. Budget and size as the order's."""
     members = [
