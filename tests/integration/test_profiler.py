@@ -158,6 +158,9 @@ def test_torchscript_must_be_declared(tmp_path: Path) -> None:
     ("arguments", "cause"),
     [
         (("--device", "cpu-0"), "--spec"),
+        ((*CPU, "--known", "8:x"), "'8:x' is not ROWS:SECONDS"),
+        ((*CPU, "--known", "0:1.5"), "'0:1.5' is not ROWS:SECONDS"),
+        ((*CPU, "--known", "8:inf"), "'8:inf' is not ROWS:SECONDS"),
         (("--device", "cpu-0", "--spec", "/no/such"), "No such file"),
         (("--device", "gpu", "--cores", "0", "--spec", "-"), "device 'gpu'"),
         (("--device", "cpu-999", "--spec", "-"), "this machine has"),

@@ -269,10 +269,13 @@ def _sizes(text: str) -> list[int]:
 
 def _known(text: str) -> Known:
     rows, _, seconds = text.partition(":")
-    known = Known(int(rows), float(seconds))
-    if known.batch_size < 1 or not 0 < known.latency_s < math.inf:
-        raise ValueError(text)
-    return known
+    try:
+        known = Known(int(rows), float(seconds))
+        if known.batch_size >= 1 and 0 < known.latency_s < math.inf:
+            return known
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not ROWS:SECONDS, both above 0, such as 8:0.012")
 
 
 def _parser() -> argparse.ArgumentParser:
