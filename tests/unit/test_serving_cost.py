@@ -113,7 +113,7 @@ def test_layouts_take_turns_and_one_that_fails_ends_it() -> None:
 def test_other_libraries_are_another_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     before = cost_key(TENSORS, 2, DEVICES)
     assert cost_key(TENSORS, 2, DEVICES) == before
-    monkeypatch.setattr(serving_cost, "library_versions", lambda: "torch 99")
+    monkeypatch.setattr(serving_cost, "execution_versions", lambda: "torch 99")
     assert cost_key(TENSORS, 2, DEVICES) != before
 
 

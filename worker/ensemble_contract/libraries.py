@@ -1,4 +1,4 @@
-"""What runs models here: the libraries of which another version is another program, and makes profiles worthless."""
+"""What runs models here: another version of it is another program, and makes profiles worthless."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib.metadata
 from contextlib import suppress
 
 LIBRARIES = ("torch", "onnxruntime")
+# Counts the ways in which this project has executed models: what was measured of a former one says nothing of this one.
+EXECUTION = 2
 
 
 def library_versions() -> dict[str, str]:
@@ -17,6 +19,11 @@ def library_versions() -> dict[str, str]:
     return found
 
 
+def execution_versions() -> dict[str, str]:
+    """The same with our own part in it: what belongs into the key of a measurement."""
+    return {**library_versions(), "execution": str(EXECUTION)}
+
+
 def libraries_text() -> str:
-    """The same in one line: `torch 2.13.0, onnxruntime 1.23.2`."""
+    """The libraries in one line: `torch 2.13.0, onnxruntime 1.23.2`."""
     return ", ".join(f"{library} {version}" for library, version in library_versions().items())

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ensemble_contract.libraries import execution_versions
 from ensemble_contract.plan import ModelSource
 from ensemble_worker.devices import Device
 
@@ -21,7 +21,7 @@ MAX_NAME_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class ChosenForms:
-    """Names of forms in the folder `forms` of a cache, a small file for each model, torch and kind of device."""
+    """Names of forms in the folder `forms` of a cache, a small file for each model, execution and kind of device."""
 
     cache_dir: Path
 
@@ -43,7 +43,7 @@ class ChosenForms:
     def _path(self, source: ModelSource, device: Device) -> Path:
         parts = (
             source.digest,
-            importlib.metadata.version("torch"),
+            execution_versions(),
             device.device_class,
             device.threads or len(device.cores),
         )

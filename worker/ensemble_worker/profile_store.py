@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ensemble_contract.libraries import library_versions
+from ensemble_contract.libraries import execution_versions
 from ensemble_contract.plan import ModelSource
 from ensemble_worker.colocation import Factor
 
@@ -138,4 +138,4 @@ class ProfileStore:
             _LOG.warning("profiles are not kept for a restart: %s", error)
 
     def _key(self, *what: str) -> str:
-        return hashlib.sha256(msgspec.json.encode((*what, self._device_class, library_versions()))).hexdigest()
+        return hashlib.sha256(msgspec.json.encode((*what, self._device_class, execution_versions()))).hexdigest()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from ensemble_contract.libraries import library_versions
+from ensemble_contract.libraries import execution_versions
 from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.allocation.errors import DoesNotFit
@@ -62,7 +62,7 @@ class KeptFactors:
         keep(self._file(device_class), factor)
 
     def _file(self, device_class: str) -> Path:
-        parts = (device_class, library_versions())
+        parts = (device_class, execution_versions())
         return self._folder / f"{hashlib.sha256(msgspec.json.encode(parts)).hexdigest()}.json"
 
 

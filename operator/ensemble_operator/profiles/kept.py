@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from ensemble_contract.libraries import library_versions
+from ensemble_contract.libraries import execution_versions
 from ensemble_contract.plan import ModelSource
 from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.profiles.files import keep, read_kept
@@ -121,7 +121,7 @@ def key_of(
     source: ModelSource, device_class: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
 ) -> str:
     """What a profile depends on besides the batch size, as a file name. Precision is the tensors' and the digest's."""
-    parts = (source.digest, device_class, library_versions(), inputs, outputs)
+    parts = (source.digest, device_class, execution_versions(), inputs, outputs)
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 

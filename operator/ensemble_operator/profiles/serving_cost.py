@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ensemble_contract.libraries import library_versions
+from ensemble_contract.libraries import execution_versions
 from ensemble_contract.tensors import TensorSpec
 from ensemble_operator.allocation.matrix import Matrix
 from ensemble_operator.allocation.memory import is_feasible
@@ -149,7 +149,7 @@ def cost_key(
 ) -> str:
     """What the cost depends on, as a file name: rows and answers, how many members, devices and libraries."""
     classes = sorted(device.device_class for device in devices)
-    return hashlib.sha256(msgspec.json.encode((tensors, members, classes, library_versions()))).hexdigest()
+    return hashlib.sha256(msgspec.json.encode((tensors, members, classes, execution_versions()))).hexdigest()
 
 
 def with_known_cost(

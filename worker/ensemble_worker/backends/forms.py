@@ -1,8 +1,7 @@
 """Quicker executions of a TorchScript module, and the choice of one: the fastest that agrees with the model as saved.
 
 Freezing folds batch norms into convolutions; torch.jit.optimize_for_inference also fuses and lays out weights for
-oneDNN; channels-last weights suit some convolutions better. Which of them wins depends on model, batch and processor,
-so it is timed.
+oneDNN. A backend may know others. Which of them wins depends on model, batch and processor, so it is timed.
 """
 
 from __future__ import annotations
@@ -41,11 +40,6 @@ def compiled(script: Script, device: torch.device) -> tuple[Form, ...]:
     if device.type != "cpu":
         return (frozen,)
     return frozen, Form("fused", lambda: torch.jit.optimize_for_inference(module()))
-
-
-def channels_last(script: Script) -> Form:
-    """A module whose weights and inputs `script` has put in channels-last order, frozen."""
-    return Form("frozen channels-last", lambda: torch.jit.freeze(script()))
 
 
 def choose(

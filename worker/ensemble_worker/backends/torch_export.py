@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch.fx.graph import CodeGen
 
-from ensemble_worker.backends import export_graph, forms, stacking
-from ensemble_worker.backends.loaded import Form, Loaded
+from ensemble_worker.backends import convolutions, export_graph, forms, stacking
+from ensemble_worker.backends.loaded import Call, Form, Loaded
 from ensemble_worker.backends.scripting import scripted
+from ensemble_worker.backends.tensors import trial_inputs
 from ensemble_worker.errors import InvalidArchive
 from ensemble_worker.inspect_export import InspectedExport, inspect_export
 from ensemble_worker.signature import Signature, of_export
@@ -61,36 +62,17 @@ def _flat(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 def _forms(graph: torch.fx.GraphModule, signature: Signature, device: torch.device) -> tuple[Form, ...]:
     found = forms.compiled(lambda: _scripted(graph), device)
-    if device.type == "cpu" and _has_convolutions(graph):
-        images = tuple(
-            len(spec.shape) == 3 and spec.datatype.startswith(("FP", "BF")) for spec in signature.inputs or ()
-        )
-        found += (forms.channels_last(functools.partial(_scripted, graph, images)),)
+    if device.type == "cpu" and any(node.target in convolutions.CONVOLUTIONS for node in graph.graph.nodes):
+        found += (Form("fused convolutions", functools.partial(_with_fused_convolutions, graph, signature)),)
     return found
 
 
-def _has_convolutions(graph: torch.fx.GraphModule) -> bool:
-    return any("conv" in str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+def _scripted(graph: torch.fx.GraphModule) -> torch.jit.ScriptModule:
+    """A copy of the graph as TorchScript."""
+    return scripted(torch.fx.GraphModule(graph, copy.deepcopy(graph.graph)))
 
 
-def _scripted(graph: torch.fx.GraphModule, images: tuple[bool, ...] | None = None) -> torch.jit.ScriptModule:
-    """A copy of the graph as TorchScript.
-
-    `images` says which inputs are put in channels-last order, and that the weights are; None leaves all as it is.
-    """
-    channels_last = images is not None
-    module = copy.deepcopy(graph) if channels_last else torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for node, image in zip(inputs, images or (), strict=False):
-        if image:
-            _reorder_images(module.graph, node)
-    if channels_last:
-        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return scripted(module)
-
-
-def _reorder_images(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-    """Put an input into the layout of the weights."""
-    with graph.inserting_after(node):
-        reordered = graph.call_function(torch.ops.aten.contiguous, (node,), {"memory_format": torch.channels_last})
-    node.replace_all_uses_with(reordered, delete_user_cb=lambda user: user is not reordered)
+def _with_fused_convolutions(graph: torch.fx.GraphModule, signature: Signature) -> Call:
+    rows = signature.fixed_batch or min(convolutions.SAMPLE_ROWS, signature.max_batch or convolutions.SAMPLE_ROWS)
+    sample = trial_inputs(signature.inputs or (), rows, seed=0, small=True)
+    return convolutions.fused(graph, sample, fixed_batch=signature.fixed_batch is not None)

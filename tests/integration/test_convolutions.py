@@ -1,0 +1,338 @@
+"""Convolutions with what stands around them as one operator each: the same function, and the operators are gone."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ensemble_worker.backends import convolutions, torch_export
+from ensemble_worker.backends.loaded import Call
+from tests.support import models
+
+FUSED = "mkldnn::_convolution_pointwise"
+PLAIN = {"aten::conv2d", "aten::convolution", "aten::mkldnn_convolution", "aten::_slow_conv2d_forward"}
+BATCHES = (1, 2, 3, 7)
+PIXELS = 12
+
+
+class Through(nn.Module):
+    """What a function makes of a convolution of the images, from 3 to 8 channels."""
+
+    def __init__(self, after: Callable[[torch.Tensor], torch.Tensor], **options: object) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, **{"kernel_size": 3, "padding": 1, **options})  # type: ignore[arg-type]
+        self.after = after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.convolution(x))
+
+
+class Block(nn.Module):
+    """A residual block that writes into its tensors, as torchvision's do."""
+
+    def __init__(self, channels: int, *, norm_first: bool = False) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.Conv2d(channels, channels, 1)
+        self.one_norm, self.two_norm = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels, affine=False)
+        self.act = nn.ReLU(inplace=True)
+        self.norm_first = norm_first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.two(self.act(self.one_norm(self.one(x))))
+        if self.norm_first:
+            return x + y
+        y = self.two_norm(y)
+        y += x
+        return torch.relu_(y)
+
+
+class Padded(nn.Module):
+    """Padding as TensorFlow's SAME has it: more zeros at the end than at the beginning."""
+
+    def __init__(self, around: tuple[int, int, int, int], **options: int) -> None:
+        super().__init__()
+        self.around = around
+        self.convolution = nn.Conv2d(3, 8, **{"kernel_size": 3, "stride": 2, **options})  # type: ignore[arg-type]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.hardtanh(self.convolution(functional.pad(x, self.around)), 0.0, 6.0)
+
+
+class Positions(nn.Module):
+    """Adds what is the same for all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3, padding=1)
+        self.positions = nn.Parameter(torch.randn(1, 8, PIXELS, PIXELS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.convolution(x) + self.positions)
+
+
+class Two(nn.Module):
+    """The sum of two convolutions; each could be the other's addend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.one(x) + self.two(x))
+
+
+class Late(nn.Module):
+    """Wide layers of small images, whose kernels want other layouts for other numbers of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 192, 1), nn.ReLU6(), nn.Conv2d(192, 1152, 1), nn.ReLU6(),
+            nn.Conv2d(1152, 1152, 5, padding=2, groups=1152), nn.ReLU6(), nn.Conv2d(1152, 192, 1),
+            nn.Conv2d(192, 384, 1), nn.ReLU(), nn.Conv2d(384, 384, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.layers(x)
+        return made
+
+
+class Decoder(nn.Module):
+    """A transposed convolution among others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 3, 2, stride=2), nn.Sigmoid()
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.layers(x)
+        return made
+
+
+class Shuffled(nn.Module):
+    """Channels in another order, by views that channels-last images do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x)
+        y = y.view(y.size(0), 2, 4, PIXELS, PIXELS).transpose(1, 2).contiguous().view(y.size(0), 8, PIXELS, PIXELS)
+        made: torch.Tensor = self.two(y).view(y.size(0), -1)
+        return made
+
+
+class ComputedWeights(nn.Module):
+    """Weights that are computed at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.conv2d(x, torch.tanh(self.weight))
+
+
+# Networks of which nothing but the fused operator is left, with how many there are.
+WHOLE: dict[str, tuple[nn.Module, int]] = {
+    "relu": (Through(torch.relu), 1),
+    "relu6": (Through(functional.relu6), 1),
+    "hardtanh": (Through(lambda y: functional.hardtanh(y, -0.5, 0.25)), 1),
+    "leaky relu": (Through(lambda y: functional.leaky_relu(y, 0.2)), 1),
+    "sigmoid": (Through(torch.sigmoid), 1),
+    "tanh": (Through(torch.tanh), 1),
+    "silu": (Through(functional.silu), 1),
+    "hardswish": (Through(functional.hardswish), 1),
+    "hardsigmoid": (Through(functional.hardsigmoid), 1),
+    "gelu": (Through(functional.gelu), 1),
+    "gelu by tanh": (Through(lambda y: functional.gelu(y, approximate="tanh")), 1),
+    "no bias, no activation": (Through(lambda y: y, bias=False), 1),
+    "dilated": (Through(torch.relu, dilation=2, padding=2), 1),
+    "as large as before": (Through(torch.relu, kernel_size=4, padding="same"), 1),
+    "without padding": (Through(torch.relu, kernel_size=(2, 5), padding="valid"), 1),
+    "oblong": (Through(torch.relu, kernel_size=(1, 5), stride=(2, 1), padding=(0, 3)), 1),
+    "residual": (nn.Sequential(nn.Conv2d(3, 8, 3), Block(8), Block(8)), 5),
+    "residual, linear": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Block(8, norm_first=True)), 3),
+    "two": (Two(), 2),
+    "even padding": (Padded((1, 1, 1, 1)), 1),
+    "more at the end": (Padded((0, 1, 0, 1)), 1),
+    "more at the beginning": (Padded((2, 0, 1, 0), kernel_size=5), 1),
+    "padding twice": (Padded((0, 1, 1, 2), padding=1), 1),
+}
+GONE = {
+    "aten::pad",
+    "aten::constant_pad_nd",
+    "aten::batch_norm",
+    "aten::add",
+    "aten::add_",
+    "aten::relu",
+    "aten::clamp",
+}
+# Networks of which a part stays as it was, and that part.
+PARTLY: dict[str, tuple[nn.Module, str]] = {
+    "activation that cannot follow a sum": (Through(lambda y: functional.silu(y + y.flip(1))), "aten::silu"),
+    "positions": (Positions(), "aten::add"),
+    "with itself": (Through(lambda y: torch.relu(y + y)), "aten::add"),
+    "a number": (Through(lambda y: torch.relu(y + 1.0)), "aten::add"),
+    "used twice": (Through(lambda y: torch.cat([y, torch.relu(y)], 1)), "aten::relu"),
+    "not of zeros": (
+        nn.Sequential(nn.ConstantPad2d(1, 0.5), nn.Conv2d(3, 8, 3), nn.ReflectionPad2d(1), nn.Conv2d(8, 8, 3)),
+        "aten::constant_pad_nd",
+    ),
+    "cropped": (nn.Sequential(nn.ConstantPad2d((0, -1, 0, 1), 0.0), nn.Conv2d(3, 8, 3)), "aten::constant_pad_nd"),
+    "uneven and dilated": (Padded((0, 1, 0, 1), dilation=2), "aten::constant_pad_nd"),
+    "decoder": (Decoder(), "aten::conv_transpose2d"),
+    "batch norm of a sum": (nn.Sequential(Two(), nn.BatchNorm2d(8)), "aten::batch_norm"),
+    "shuffled": (Shuffled(), "aten::reshape"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_stands_around_is_part_of_the_operator(name: str, tmp_path: Path) -> None:
+    network, count = WHOLE[name]
+    called = _agrees(_with_statistics(network), tmp_path)
+    assert called[FUSED] == count
+    assert not called.keys() & (PLAIN | GONE)
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_what_cannot_be_part_of_it_stays(name: str, tmp_path: Path) -> None:
+    network, stays = PARTLY[name]
+    called = _agrees(_with_statistics(network), tmp_path)
+    assert called[FUSED]
+    assert called[stays]
+
+
+def test_a_decomposed_program(tmp_path: Path) -> None:
+    network = _with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Block(8), nn.BatchNorm2d(8)))
+    dim = torch.export.Dim("batch", min=1, max=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about itself
+        program = torch.export.export(network, (torch.randn(2, 3, PIXELS, PIXELS),), dynamic_shapes=({0: dim},))
+        torch.export.save(program.run_decompositions(), tmp_path / "m.pt2")
+    called = _compare(network, _form(tmp_path / "m.pt2"))
+    assert called[FUSED] == 3
+    assert not called.keys() & (PLAIN | {"aten::add", "aten::relu"})
+
+
+def test_random_networks(tmp_path: Path) -> None:
+    for seed in range(12):
+        torch.manual_seed(seed)
+        chance = random.Random(seed)
+        first = nn.Conv2d(3, 8, chance.choice((1, 2, 3)), padding=chance.randrange(2))
+        _agrees(_with_statistics(nn.Sequential(first, *(_random_layer(chance) for _ in range(6)))), tmp_path)
+
+
+def _random_layer(chance: random.Random) -> nn.Module:
+    match chance.randrange(8):
+        case 0:
+            return nn.Conv2d(8, 8, 3, 1, 1, groups=chance.choice((1, 8)), bias=chance.random() < 0.5)
+        case 1:
+            return nn.ZeroPad2d((chance.randrange(3), chance.randrange(3), 1, chance.randrange(3)))
+        case 2 | 3:
+            return Block(8, norm_first=chance.random() < 0.5)
+        case 4:
+            return nn.BatchNorm2d(8)
+        case other:
+            return (nn.ReLU(inplace=True), nn.SiLU(), nn.Hardswish())[other - 5]
+
+
+def test_a_fixed_batch(tmp_path: Path) -> None:
+    network = _with_statistics(Block(3))
+    example = torch.randn(3, 3, PIXELS, PIXELS)
+    call = _form(models.export_module(tmp_path / "m.pt2", network, [example], batch=3))
+    with torch.inference_mode():
+        torch.testing.assert_close(call(example)[0], network(example), rtol=0, atol=2e-5)
+
+
+def test_what_others_read_is_not_written_over(tmp_path: Path) -> None:
+    network = Through(lambda y: torch.stack([y.flatten(1), y.relu_().flatten(1)])).eval()
+    with pytest.raises(convolutions.NotCovered, match="may write into what others read"):
+        _agrees(network, tmp_path)
+
+
+def test_computed_weights_are_not_covered(tmp_path: Path) -> None:
+    with pytest.raises(convolutions.NotCovered, match="no convolution"):
+        _agrees(ComputedWeights().eval(), tmp_path)
+
+
+def test_double_precision_is_not_covered(tmp_path: Path) -> None:
+    network = Through(torch.relu).double().eval()
+    path = models.export_module(tmp_path / "m.pt2", network, [torch.randn(2, 3, PIXELS, PIXELS, dtype=torch.float64)])
+    with pytest.raises(convolutions.NotCovered, match="no convolution"):
+        _form(path)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the processor has no BF16")
+def test_half_precision(tmp_path: Path) -> None:
+    network = _with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Block(8))).bfloat16()
+    path = models.export_module(tmp_path / "m.pt2", network, [torch.randn(2, 3, PIXELS, PIXELS).bfloat16()])
+    x = torch.randn(3, 3, PIXELS, PIXELS).bfloat16()
+    with torch.inference_mode():
+        torch.testing.assert_close(_form(path)(x)[0], network(x), rtol=0, atol=0.1)
+
+
+def test_weights_are_never_laid_out_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever the number of rows: during a call that takes many times as long as the layer."""
+    call = _form(models.export_module(tmp_path / "m.pt2", Late().eval(), [torch.randn(2, 3, 8, 8)]))
+    with torch.inference_mode():
+        for rows in (*range(1, 20), 33, 64, 130):
+            x = torch.randn(rows, 3, 8, 8)
+            call(x)
+            with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):  # type: ignore[no-untyped-call]
+                call(x)
+    lines = [line for line in capfd.readouterr().out.splitlines() if ",exec," in line]
+    assert len([line for line in lines if ",convolution," in line]) == 22 * 6
+    assert [line for line in lines if ",reorder," in line] == []
+
+
+def _with_statistics(network: nn.Module) -> nn.Module:
+    """In evaluation mode, with batch norms that have seen something."""
+    torch.manual_seed(3)
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        if norm.running_mean is not None and norm.running_var is not None:
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        if norm.affine:
+            nn.init.normal_(norm.weight, 1.0, 0.2)
+            nn.init.normal_(norm.bias)
+    return network.eval()
+
+
+def _form(path: Path) -> Call:
+    loaded = torch_export.load(path, torch.device("cpu"))
+    (form,) = (form for form in loaded.forms if form.name == "fused convolutions")
+    with torch.inference_mode():
+        return form.make()
+
+
+def _agrees(network: nn.Module, folder: Path) -> Counter[str]:
+    path = models.export_module(folder / "m.pt2", network, [torch.randn(2, 3, PIXELS, PIXELS)])
+    return _compare(network, _form(path))
+
+
+def _compare(network: nn.Module, call: Call) -> Counter[str]:
+    """Compare a form with its network; what it calls for each batch."""
+    called: Counter[str] = Counter()
+    with torch.inference_mode():
+        for rows in BATCHES:
+            x = torch.randn(rows, 3, PIXELS, PIXELS)
+            kept = x.clone()
+            torch.testing.assert_close(call(x)[0], network(x.clone()), rtol=0, atol=2e-5)
+            assert torch.equal(x, kept)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            call(x)
+    for event in seen.events() or ():
+        called[event.name] += 1
+    return called
