@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ensemble_worker.backends import convolutions, torch_export
+from ensemble_worker.backends import convolutions, export_graph, torch_export
 from ensemble_worker.backends.loaded import Call
 from tests.support import models
 
@@ -103,6 +104,30 @@ class Late(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         made: torch.Tensor = self.layers(x)
         return made
+
+
+class TwoInputs(nn.Module):
+    """Images and what is added to their features, through a layer whose weights change with the number of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 192, 1), nn.Conv2d(192, 1152, 1)
+        self.third = nn.Conv2d(1152, 192, 1)
+
+    def forward(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.third(torch.relu(self.second(self.first(x) + features)))
+        return y
+
+
+class GroupedSum(nn.Module):
+    """A sum after a convolution of several groups of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.convolution(x) + x)
 
 
 class Decoder(nn.Module):
@@ -195,6 +220,7 @@ PARTLY: dict[str, tuple[nn.Module, str]] = {
     "decoder": (Decoder(), "aten::conv_transpose2d"),
     "batch norm of a sum": (nn.Sequential(Two(), nn.BatchNorm2d(8)), "aten::batch_norm"),
     "shuffled": (Shuffled(), "aten::reshape"),
+    "sum of groups": (nn.Sequential(nn.Conv2d(3, 8, 1), GroupedSum()), "aten::add"),
 }
 
 
@@ -249,43 +275,96 @@ def _random_layer(chance: random.Random) -> nn.Module:
 
 
 def test_a_fixed_batch(tmp_path: Path) -> None:
-    network = _with_statistics(Block(3))
-    example = torch.randn(3, 3, PIXELS, PIXELS)
-    call = _form(models.export_module(tmp_path / "m.pt2", network, [example], batch=3))
+    network, example = _with_statistics(Block(3)), torch.randn(3, 3, PIXELS, PIXELS)
+    call = _form(models.export_module(tmp_path / "m.pt2", network, [example], batch=3), [example])
     with torch.inference_mode():
         torch.testing.assert_close(call(example)[0], network(example), rtol=0, atol=2e-5)
 
 
+def test_images_of_any_size_in_the_file(tmp_path: Path) -> None:
+    """The file tells no shape of a row then; the resource does."""
+    network, x = _with_statistics(Block(3)), torch.randn(2, 3, PIXELS, PIXELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about itself
+        dims = {
+            0: torch.export.Dim("batch", min=1, max=64),
+            2: torch.export.Dim("height"),
+            3: torch.export.Dim("width"),
+        }
+        torch.export.save(torch.export.export(network, (x,), dynamic_shapes=(dims,)), tmp_path / "m.pt2")
+    assert _compare(network, _form(tmp_path / "m.pt2"))[FUSED] == 2
+
+
+def test_several_inputs_and_a_program_that_torch_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights for numbers of rows come after all inputs, wherever the graph has its own."""
+    network = TwoInputs().eval()
+    few = [torch.randn(3, 3, 8, 8), torch.randn(3, 192, 8, 8)]
+    path = models.export_module(tmp_path / "m.pt2", network, few)
+
+    def refuse(*_: object) -> None:
+        raise export_graph.NotCovered("for a test")
+
+    for read in (export_graph.read, refuse):
+        monkeypatch.setattr(export_graph, "read", read)
+        call = _form(path, few)
+        with torch.inference_mode():
+            for rows in BATCHES:
+                inputs = torch.randn(rows, 3, 8, 8), torch.randn(rows, 192, 8, 8)
+                torch.testing.assert_close(call(*inputs)[0], network(*inputs), rtol=0, atol=2e-5)
+
+
 def test_what_others_read_is_not_written_over(tmp_path: Path) -> None:
     network = Through(lambda y: torch.stack([y.flatten(1), y.relu_().flatten(1)])).eval()
-    with pytest.raises(convolutions.NotCovered, match="may write into what others read"):
+    with pytest.raises(convolutions.NotFusable, match="may write into what others read"):
         _agrees(network, tmp_path)
 
 
 def test_computed_weights_are_not_covered(tmp_path: Path) -> None:
-    with pytest.raises(convolutions.NotCovered, match="no convolution"):
+    with pytest.raises(convolutions.NotFusable, match="no convolution"):
         _agrees(ComputedWeights().eval(), tmp_path)
 
 
 def test_double_precision_is_not_covered(tmp_path: Path) -> None:
     network = Through(torch.relu).double().eval()
-    path = models.export_module(tmp_path / "m.pt2", network, [torch.randn(2, 3, PIXELS, PIXELS, dtype=torch.float64)])
-    with pytest.raises(convolutions.NotCovered, match="no convolution"):
-        _form(path)
+    few = [torch.randn(2, 3, PIXELS, PIXELS, dtype=torch.float64)]
+    with pytest.raises(convolutions.NotFusable, match="no convolution"):
+        _form(models.export_module(tmp_path / "m.pt2", network, few), few)
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the processor has no BF16")
-def test_half_precision(tmp_path: Path) -> None:
-    network = _with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Block(8))).bfloat16()
-    path = models.export_module(tmp_path / "m.pt2", network, [torch.randn(2, 3, PIXELS, PIXELS).bfloat16()])
+@pytest.mark.parametrize("statistics", [torch.bfloat16, torch.float32])
+def test_half_precision(tmp_path: Path, statistics: torch.dtype) -> None:
+    """Batch norms are often left in single precision."""
+    network = _with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Block(8), GroupedSum())).bfloat16()
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.to(statistics)
     x = torch.randn(3, 3, PIXELS, PIXELS).bfloat16()
+    call = _form(models.export_module(tmp_path / "m.pt2", network, [x]), [x])
     with torch.inference_mode():
-        torch.testing.assert_close(_form(path)(x)[0], network(x), rtol=0, atol=0.1)
+        exact = network.float()(x.float())
+        network.bfloat16()
+        torch.testing.assert_close(call(x)[0].float(), exact, rtol=0, atol=0.02 * float(exact.abs().max()))
+
+
+def test_many_rows_in_many_threads(tmp_path: Path) -> None:
+    network = Late().eval()
+    call = _form(
+        models.export_module(tmp_path / "m.pt2", network, [torch.randn(2, 3, 8, 8)]), [torch.randn(2, 3, 8, 8)]
+    )
+
+    def agrees(rows: int) -> None:
+        with torch.inference_mode():
+            x = torch.randn(1, 3, 8, 8).expand(rows, -1, -1, -1).contiguous()
+            torch.testing.assert_close(call(x)[0], network(x[:1]).expand(rows, -1), rtol=0, atol=2e-5)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(agrees, [5, 6, 7, 5, 6, 7, 1100]))
 
 
 def test_weights_are_never_laid_out_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Whatever the number of rows: during a call that takes many times as long as the layer."""
-    call = _form(models.export_module(tmp_path / "m.pt2", Late().eval(), [torch.randn(2, 3, 8, 8)]))
+    few = [torch.randn(2, 3, 8, 8)]
+    call = _form(models.export_module(tmp_path / "m.pt2", Late().eval(), few), few)
     with torch.inference_mode():
         for rows in (*range(1, 20), 33, 64, 130):
             x = torch.randn(rows, 3, 8, 8)
@@ -310,11 +389,11 @@ def _with_statistics(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def _form(path: Path) -> Call:
+def _form(path: Path, few: Sequence[torch.Tensor] = ()) -> Call:
     loaded = torch_export.load(path, torch.device("cpu"))
     (form,) = (form for form in loaded.forms if form.name == "fused convolutions")
     with torch.inference_mode():
-        return form.make()
+        return form.make(few or [torch.randn(3, 3, PIXELS, PIXELS)])
 
 
 def _agrees(network: nn.Module, folder: Path) -> Counter[str]:

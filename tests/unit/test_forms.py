@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -53,8 +53,9 @@ CALLS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def _choose(names: list[str], preferred: str = "") -> tuple[str, list[str]]:
     made: list[str] = []
 
-    def maker(name: str) -> Callable[[], Callable[[torch.Tensor], torch.Tensor]]:
-        def make() -> Callable[[torch.Tensor], torch.Tensor]:
+    def maker(name: str) -> Callable[[Sequence[torch.Tensor]], Callable[[torch.Tensor], torch.Tensor]]:
+        def make(rows: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+            assert rows is TRIALS[-1]
             made.append(name)
             return CALLS[name]
 

@@ -244,7 +244,7 @@ def rehearse(model_format: str) -> None:
         module(rows)
         scripted = torch.jit.script(fx.symbolic_trace(module.eval()))
         for form in forms.compiled(lambda: scripted, torch.device("cpu")):
-            call = form.make()
+            call = form.make([rows])
             for _ in range(2):
                 call(rows)
 

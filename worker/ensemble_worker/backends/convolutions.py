@@ -2,15 +2,16 @@
 
 PyTorch calls an operator for each of these, and each goes through all of the images again; padding is a copy, and most
 point-wise convolutions in channels-last order are left to a general matrix product. Here images keep that order from
-layer to layer, and weights are laid out as the kernels want them before a call, in which it would take many times as
-long as the layer. Which layout that is can depend on the numbers of rows and threads: such weights are kept in each.
+layer to layer, and weights are laid out before (`packing`).
+
+Finite rows give what the graph gives. NaN and infinite ones need not: oneDNN's ReLU makes 0 of NaN.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, List, Optional, TypeAlias, Union  # noqa: UP035  # TorchScript reads these
 
 import torch
@@ -18,14 +19,10 @@ from torch import fx
 from torch.nn import functional
 
 from ensemble_worker.backends.loaded import Call
+from ensemble_worker.backends.packing import Weights, WithWeights
 from ensemble_worker.backends.scripting import scripted
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
-
-# Two, so that what there is for each row differs in shape from what is the same for all.
-SAMPLE_ROWS = 2
-# A layer that wants the same layout for all of these wants it for any number of rows.
-PROBED_ROWS = (1, 2, 3, 4, 8, 16, 1024)
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.convolution.default})
@@ -54,20 +51,18 @@ Scalar: TypeAlias = Union[int, float, complex]  # noqa: UP007
 Values = dict[fx.Node, tuple[torch.Size, torch.dtype]]
 
 
-class NotCovered(Exception):
-    """The graph has nothing to gain here, or a part that cannot be kept; the message says which."""
+class NotFusable(Exception):
+    """The graph has no convolution that could gain, or writes into what others read; the message says which."""
 
 
 @dataclass(slots=True)
 class _Convolution:
     """What becomes one operator in place of the node `last`; `addend` is added before the activation.
 
-    Its input is `images`, of `shape` in a sample of `sample_rows`, with zeros `around` them: left, right, top, bottom.
+    There are zeros `around` its images: left, right, top, bottom.
     """
 
     images: fx.Node
-    shape: torch.Size
-    sample_rows: int
     weight: torch.Tensor
     bias: torch.Tensor | None
     stride: list[int]
@@ -77,68 +72,36 @@ class _Convolution:
     last: fx.Node
     addend: fx.Node | None = None
     activation: Activation = NO_ACTIVATION
-    _packed: dict[bytes, torch.Tensor] = field(default_factory=dict)
 
-    @property
-    def padding(self) -> list[int]:
-        """Zeros at both sides: above and below, left and right."""
-        left, right, top, bottom = self.around
-        return [max(top, bottom), max(left, right)]
+    def weights(self, shape: torch.Size, sample_rows: int) -> Weights:
+        """The weights for images of this shape in a sample of so many rows.
 
-    def finish(self) -> None:
-        """Where one side has fewer zeros around than the other, the kernel gets zeros of its own there."""
+        oneDNN's padding is alike on both sides: where one side has fewer zeros, the kernel gets zeros of its own there.
+        """
         left, right, top, bottom = self.around
         wider, higher = left - right, top - bottom
         zeros = (max(-wider, 0), max(wider, 0), max(-higher, 0), max(higher, 0))
-        self.weight = functional.pad(self.weight, zeros).contiguous(memory_format=torch.channels_last)
-
-    def packed(self, rows: int) -> torch.Tensor:
-        """The weights as the kernel for so many rows wants them: the same tensor where it wants the same."""
-        shape = [self.shape[0] * rows // self.sample_rows, *self.shape[1:]]
-        packed = mkldnn._reorder_convolution_weight(
-            self.weight, self.padding, self.stride, self.dilation, self.groups, shape
-        )
-        layout = mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
-        return self._packed.setdefault(layout, packed)
-
-    def changes(self) -> bool:
-        """Whether it wants other weights for other numbers of rows; what it wants for some is packed."""
-        return len({id(self.packed(rows)) for rows in PROBED_ROWS}) > 1
-
-
-class _ByRows:
-    """A module that takes the weights of `changing` after its inputs."""
-
-    def __init__(self, module: Call, changing: Sequence[_Convolution]) -> None:
-        self._module = module
-        self._changing = changing
-        self._weights: dict[int, list[torch.Tensor]] = {}
-
-    def __call__(self, *inputs: torch.Tensor) -> Any:
-        rows = min(len(inputs[0]), PROBED_ROWS[-1])
-        weights = self._weights.get(rows)
-        if weights is None:
-            weights = self._weights[rows] = [one.packed(rows) for one in self._changing]
-        return self._module(*inputs, *weights)
+        plain = functional.pad(self.weight, zeros).contiguous(memory_format=torch.channels_last)
+        padding = [max(top, bottom), max(left, right)]
+        return Weights(plain, padding, self.stride, self.dilation, self.groups, shape, sample_rows)
 
 
 def fused(graph: fx.GraphModule, sample: Sequence[torch.Tensor], *, fixed_batch: bool) -> Call:
-    """The same function as `graph`; `sample` are inputs of SAMPLE_ROWS rows, or of its fixed batch.
+    """The same function as `graph`, which is run once on `sample`: a few rows, or its fixed batch.
 
-    Raises NotCovered.
+    Raises NotFusable if no convolution of images has weights of its own, or the graph writes into what others read.
     """
     module = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     _make_functional(module.graph)
-    replaced = _replace(module, sample, fixed_batch=fixed_batch)
+    replaced, changing = _replace(module, sample, fixed_batch=fixed_batch)
     if not replaced:
-        raise NotCovered("it has no convolution of images with weights of its own")
+        raise NotFusable("it has no convolution of images with weights of its own")
     call = scripted(fx.GraphModule(module, module.graph))
-    changing = [one for one, changes in replaced if changes]
-    return _ByRows(call, changing) if changing else call
+    return WithWeights(call, changing) if changing else call
 
 
 def _make_functional(graph: fx.Graph) -> None:
-    """Replace what writes into its first argument by what does not. Raises NotCovered where somebody could tell."""
+    """Replace what writes into its first argument by what does not. Raises NotFusable where somebody could tell."""
     for node in graph.nodes:
         target: Any = node.target
         if target in VIEWS:
@@ -149,7 +112,7 @@ def _make_functional(graph: fx.Graph) -> None:
         name = target._schema.name.removeprefix("aten::")
         twin = getattr(getattr(aten, name.removesuffix("_"), None), target._overloadname, None)
         if not name.endswith("_") or twin is None or not _is_only_for(node.args[0], node):
-            raise NotCovered(f"{target} may write into what others read")
+            raise NotFusable(f"{target} may write into what others read")
         node.target = twin
 
 
@@ -176,36 +139,36 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def _replace(
-    module: fx.GraphModule, sample: Sequence[torch.Tensor], *, fixed_batch: bool
-) -> list[tuple[_Convolution, bool]]:
-    """Replace the convolutions of a graph: those that were, and whether it takes their weights after its inputs."""
+def _replace(module: fx.GraphModule, sample: Sequence[torch.Tensor], *, fixed_batch: bool) -> tuple[int, list[Weights]]:
+    """Replace the convolutions of a graph: how many there were, and the weights that it takes after its inputs."""
     recorder = _Recorder(module)
     recorder.run(*sample)
-    values, rows = recorder.values, len(sample[0])
-    replaced: list[tuple[_Convolution, bool]] = []
+    values, rows, replaced = recorder.values, len(sample[0]), 0
+    changing: list[Weights] = []
     nodes = list(module.graph.nodes)
-    first = next(node for node in nodes if node.op != "placeholder")
+    last_input = [node for node in nodes if node.op == "placeholder"][-1]
     for node in nodes:
         one = _found(module, node, values, rows) if node.target in CONVOLUTIONS else None
         if one is None:
             continue
-        name, changes = f"packed_{len(replaced)}", not fixed_batch and one.changes()
-        if changes:
-            with module.graph.inserting_before(first):
-                weight = module.graph.placeholder(name)
+        weights = one.weights(values[one.images][0], rows)
+        if not fixed_batch and weights.change():
+            with module.graph.inserting_after(last_input):
+                last_input = weight = module.graph.placeholder(f"packed_weight_{replaced}")
+            changing.append(weights)
         else:
-            weight = _held(module, name, one.packed(rows), one.last)
-        bias = None if one.bias is None else _held(module, f"bias_{len(replaced)}", one.bias, one.last)
-        made = _call(module.graph, one, weight, bias)
+            weight = _held(module, f"packed_weight_{replaced}", weights.packed(rows), one.last)
+        bias = None if one.bias is None else _held(module, f"packed_bias_{replaced}", one.bias, one.last)
+        made = _call(module.graph, one, (weight, bias, weights.padding, one.stride, one.dilation, one.groups))
         values[made] = values[one.last]
         one.last.replace_all_uses_with(made)
-        replaced.append((one, changes))
+        replaced += 1
     module.graph.eliminate_dead_code()
-    return replaced
+    return replaced, changing
 
 
 def _held(module: fx.GraphModule, name: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:
+    """A tensor that becomes the module's own."""
     module.register_buffer(name, tensor)
     with module.graph.inserting_before(before):
         return module.graph.get_attr(name)
@@ -227,14 +190,13 @@ def _found(module: fx.GraphModule, node: fx.Node, values: Values, sample_rows: i
         around = [side for all_zeros in all_around[::-1] for side in (all_zeros // 2, all_zeros - all_zeros // 2)]
     else:
         around = [side for zeros in _pair(padding)[::-1] for side in (zeros, zeros)]
-    one = _Convolution(images, shape, sample_rows, weight, bias, stride, around, dilation, given["groups"], node)
     if not _can_pad(around, dilation):
         return None
-    _take_padding(one, values)
+    one = _Convolution(images, weight, bias, stride, around, dilation, given["groups"], node)
+    _take_padding(one)
     _take_batch_norm(one, module)
     _take_sum(one, values)
     _take_activation(one)
-    one.finish()
     return one
 
 
@@ -244,7 +206,8 @@ def _can_pad(around: Sequence[int], dilation: Sequence[int]) -> bool:
     return min(around) >= 0 and (dilation == [1, 1] or (left == right and top == bottom))
 
 
-def _take_padding(one: _Convolution, values: Values) -> None:
+def _take_padding(one: _Convolution) -> None:
+    """Zeros around the images that another operator puts there for this one alone."""
     pad = one.images
     if pad.target not in PADS or len(pad.users) > 1:
         return
@@ -254,10 +217,10 @@ def _take_padding(one: _Convolution, values: Values) -> None:
         return
     one.around = [zeros + more for zeros, more in zip(one.around, given["pad"], strict=True)]
     one.images = given["self"]
-    one.shape = values[one.images][0]
 
 
 def _take_batch_norm(one: _Convolution, module: fx.GraphModule) -> None:
+    """A batch norm with the model's own statistics, folded in single precision whatever the layer's is."""
     node = _only_user(one.last)
     if node is None or node.target not in BATCH_NORMS:
         return
@@ -273,17 +236,18 @@ def _take_batch_norm(one: _Convolution, module: fx.GraphModule) -> None:
         return
     if (scale is None, shift is None) != (given["weight"] is None, given["bias"] is None):
         return
-    factor = torch.rsqrt(variance + given["eps"])
+    dtype, factor = one.weight.dtype, torch.rsqrt(variance.float() + given["eps"])
     factor = factor if scale is None else factor * scale
-    one.weight = one.weight * factor.reshape(-1, 1, 1, 1)
-    bias = (-mean if one.bias is None else one.bias - mean) * factor
-    one.bias = bias if shift is None else bias + shift
+    bias = ((0.0 if one.bias is None else one.bias.float()) - mean.float()) * factor
+    one.bias = (bias if shift is None else bias + shift).to(dtype)
+    one.weight = (one.weight.float() * factor.reshape(-1, 1, 1, 1)).to(dtype)
     one.last = last
 
 
 def _take_sum(one: _Convolution, values: Values) -> None:
+    """A sum with a tensor of the same shape; of several groups of channels the kernel adds nothing."""
     node = _only_user(one.last)
-    if node is None or node.target is not aten.add.Tensor or node.kwargs:
+    if one.groups != 1 or node is None or node.target is not aten.add.Tensor or node.kwargs:
         return
     others = [arg for arg in node.args if isinstance(arg, fx.Node) and arg is not one.last]
     after = _only_user(node)
@@ -295,18 +259,18 @@ def _take_sum(one: _Convolution, values: Values) -> None:
 
 
 def _take_activation(one: _Convolution) -> None:
+    """The activation, if nobody else sees what comes before it."""
     node = _only_user(one.last)
     if node is not None and node.target in ACTIVATIONS:
         one.activation = ACTIVATIONS[node.target](_arguments(node))
         one.last = node
 
 
-def _call(graph: fx.Graph, one: _Convolution, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
-    """The operator, where the last of what it replaces is."""
+def _call(graph: fx.Graph, one: _Convolution, layer: tuple[Any, ...]) -> fx.Node:
+    """The operator of a `layer`'s weights and sizes, where the last of what it replaces is."""
     with graph.inserting_before(one.last):
         name, numbers, algorithm = one.activation
         scalars: fx.Node | list[Any] = graph.call_function(_scalars, ([*numbers],)) if numbers else []
-        layer = weight, bias, one.padding, one.stride, one.dilation, one.groups
         if one.addend is None:
             single = mkldnn._convolution_pointwise.default
             return graph.call_function(single, (one.images, *layer, name, scalars, algorithm))

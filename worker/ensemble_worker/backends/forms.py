@@ -36,10 +36,10 @@ def compiled(script: Script, device: torch.device) -> tuple[Form, ...]:
     Both work on clones of it.
     """
     module = functools.cache(script)
-    frozen = Form("frozen", lambda: torch.jit.freeze(module()))
+    frozen = Form("frozen", lambda _: torch.jit.freeze(module()))
     if device.type != "cpu":
         return (frozen,)
-    return frozen, Form("fused", lambda: torch.jit.optimize_for_inference(module()))
+    return frozen, Form("fused", lambda _: torch.jit.optimize_for_inference(module()))
 
 
 def choose(
@@ -51,6 +51,8 @@ def choose(
     preferred: str = "",
 ) -> tuple[str, Call]:
     """The name and call of the fastest form that agrees with `eager` on all trials; the first `timed` are timed.
+
+    The last one is of a few rows, with which forms are made.
 
     `preferred` names the form that won before: it is taken untimed if it still agrees. A form that cannot be made or
     differs is passed over with a line in the log. At most three are in memory at a time.
@@ -64,7 +66,7 @@ def choose(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                call = form.make()
+                call = form.make(trials[-1])
                 difference = _difference(call, trials[:timed], expected[:timed], outputs_of)
                 faster = not difference and (form.name == preferred or _is_faster(call, best, trials[:timed]))
                 if faster:  # only then is the rest of the trials worth its time

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ensemble_worker.signature import Signature
 
 if TYPE_CHECKING:
+    import torch
+
     from ensemble_worker.backends.stacking import Layers
 
 # Takes the inputs in the model's order; gives a tensor, a sequence of tensors, or a dict of them.
@@ -17,10 +19,10 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A quicker execution of a model, made when `make` is called."""
+    """A quicker execution of a model; `make` makes it, given a few rows, or as many as the model always takes."""
 
     name: str
-    make: Callable[[], Call]
+    make: Callable[[Sequence[torch.Tensor]], Call]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,8 @@ import torch
 from torch.fx.graph import CodeGen
 
 from ensemble_worker.backends import convolutions, export_graph, forms, stacking
-from ensemble_worker.backends.loaded import Call, Form, Loaded
+from ensemble_worker.backends.loaded import Form, Loaded
 from ensemble_worker.backends.scripting import scripted
-from ensemble_worker.backends.tensors import trial_inputs
 from ensemble_worker.errors import InvalidArchive
 from ensemble_worker.inspect_export import InspectedExport, inspect_export
 from ensemble_worker.signature import Signature, of_export
@@ -63,16 +62,11 @@ def _flat(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
 def _forms(graph: torch.fx.GraphModule, signature: Signature, device: torch.device) -> tuple[Form, ...]:
     found = forms.compiled(lambda: _scripted(graph), device)
     if device.type == "cpu" and any(node.target in convolutions.CONVOLUTIONS for node in graph.graph.nodes):
-        found += (Form("fused convolutions", functools.partial(_with_fused_convolutions, graph, signature)),)
+        fuse = functools.partial(convolutions.fused, graph, fixed_batch=signature.fixed_batch is not None)
+        found += (Form("fused convolutions", fuse),)
     return found
 
 
 def _scripted(graph: torch.fx.GraphModule) -> torch.jit.ScriptModule:
     """A copy of the graph as TorchScript."""
     return scripted(torch.fx.GraphModule(graph, copy.deepcopy(graph.graph)))
-
-
-def _with_fused_convolutions(graph: torch.fx.GraphModule, signature: Signature) -> Call:
-    rows = signature.fixed_batch or min(convolutions.SAMPLE_ROWS, signature.max_batch or convolutions.SAMPLE_ROWS)
-    sample = trial_inputs(signature.inputs or (), rows, seed=0, small=True)
-    return convolutions.fused(graph, sample, fixed_batch=signature.fixed_batch is not None)
