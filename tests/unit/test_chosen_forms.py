@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from ensemble_contract import libraries
 from ensemble_contract.plan import ModelSource
 from ensemble_worker import devices
 from ensemble_worker.chosen_forms import ChosenForms
@@ -24,6 +25,14 @@ def test_what_was_kept_is_recalled_for_the_same_and_nothing_else(tmp_path: Path)
     assert ChosenForms(tmp_path).recall(SOURCE, replace(DEVICE, name="cpu-7")) == "fused"
     assert chosen.recall(msgspec.structs.replace(SOURCE, digest="e"), DEVICE) == ""
     assert chosen.recall(SOURCE, devices.cpu_device(0, (0, 1), 1 << 30)) == ""
+
+
+def test_of_another_execution_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, text = ChosenForms(tmp_path), libraries.libraries_text()
+    chosen.keep(SOURCE, DEVICE, "frozen")
+    monkeypatch.setattr(libraries, "EXECUTION", libraries.EXECUTION + 1)
+    assert chosen.recall(SOURCE, DEVICE) == ""
+    assert libraries.libraries_text() != text
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"x" * 1000])
