@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,156 +17,26 @@ from torch.nn import functional
 from ensemble_worker.backends import convolutions, export_graph, torch_export
 from ensemble_worker.backends.loaded import Call
 from tests.support import models
+from tests.support.convolutional import (
+    PIXELS,
+    Block,
+    ComputedWeights,
+    GroupedSum,
+    Padded,
+    Positions,
+    Shuffled,
+    Through,
+    Two,
+    TwoInputs,
+    decoder,
+    late_layers,
+    random_layer,
+    with_statistics,
+)
 
 FUSED = "mkldnn::_convolution_pointwise"
 PLAIN = {"aten::conv2d", "aten::convolution", "aten::mkldnn_convolution", "aten::_slow_conv2d_forward"}
 BATCHES = (1, 2, 3, 7)
-PIXELS = 12
-
-
-class Through(nn.Module):
-    """What a function makes of a convolution of the images, from 3 to 8 channels."""
-
-    def __init__(self, after: Callable[[torch.Tensor], torch.Tensor], **options: object) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(3, 8, **{"kernel_size": 3, "padding": 1, **options})  # type: ignore[arg-type]
-        self.after = after
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.after(self.convolution(x))
-
-
-class Block(nn.Module):
-    """A residual block that writes into its tensors, as torchvision's do."""
-
-    def __init__(self, channels: int, *, norm_first: bool = False) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.Conv2d(channels, channels, 1)
-        self.one_norm, self.two_norm = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels, affine=False)
-        self.act = nn.ReLU(inplace=True)
-        self.norm_first = norm_first
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.two(self.act(self.one_norm(self.one(x))))
-        if self.norm_first:
-            return x + y
-        y = self.two_norm(y)
-        y += x
-        return torch.relu_(y)
-
-
-class Padded(nn.Module):
-    """Padding as TensorFlow's SAME has it: more zeros at the end than at the beginning."""
-
-    def __init__(self, around: tuple[int, int, int, int], **options: int) -> None:
-        super().__init__()
-        self.around = around
-        self.convolution = nn.Conv2d(3, 8, **{"kernel_size": 3, "stride": 2, **options})  # type: ignore[arg-type]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.hardtanh(self.convolution(functional.pad(x, self.around)), 0.0, 6.0)
-
-
-class Positions(nn.Module):
-    """Adds what is the same for all rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(3, 8, 3, padding=1)
-        self.positions = nn.Parameter(torch.randn(1, 8, PIXELS, PIXELS))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.convolution(x) + self.positions)
-
-
-class Two(nn.Module):
-    """The sum of two convolutions; each could be the other's addend."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.one(x) + self.two(x))
-
-
-class Late(nn.Module):
-    """Wide layers of small images, whose kernels want other layouts for other numbers of rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 192, 1), nn.ReLU6(), nn.Conv2d(192, 1152, 1), nn.ReLU6(),
-            nn.Conv2d(1152, 1152, 5, padding=2, groups=1152), nn.ReLU6(), nn.Conv2d(1152, 192, 1),
-            nn.Conv2d(192, 384, 1), nn.ReLU(), nn.Conv2d(384, 384, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        )  # fmt: skip
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = self.layers(x)
-        return made
-
-
-class TwoInputs(nn.Module):
-    """Images and what is added to their features, through a layer whose weights change with the number of rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 192, 1), nn.Conv2d(192, 1152, 1)
-        self.third = nn.Conv2d(1152, 192, 1)
-
-    def forward(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.third(torch.relu(self.second(self.first(x) + features)))
-        return y
-
-
-class GroupedSum(nn.Module):
-    """A sum after a convolution of several groups of channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(8, 8, 3, padding=1, groups=4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.convolution(x) + x)
-
-
-class Decoder(nn.Module):
-    """A transposed convolution among others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 3, 2, stride=2), nn.Sigmoid()
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = self.layers(x)
-        return made
-
-
-class Shuffled(nn.Module):
-    """Channels in another order, by views that channels-last images do not have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.one(x)
-        y = y.view(y.size(0), 2, 4, PIXELS, PIXELS).transpose(1, 2).contiguous().view(y.size(0), 8, PIXELS, PIXELS)
-        made: torch.Tensor = self.two(y).view(y.size(0), -1)
-        return made
-
-
-class ComputedWeights(nn.Module):
-    """Weights that are computed at each call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.conv2d(x, torch.tanh(self.weight))
 
 
 # Networks of which nothing but the fused operator is left, with how many there are.
@@ -202,6 +72,7 @@ GONE = {
     "aten::add",
     "aten::add_",
     "aten::relu",
+    "aten::relu_",
     "aten::clamp",
 }
 # Networks of which a part stays as it was, and that part.
@@ -217,7 +88,7 @@ PARTLY: dict[str, tuple[nn.Module, str]] = {
     ),
     "cropped": (nn.Sequential(nn.ConstantPad2d((0, -1, 0, 1), 0.0), nn.Conv2d(3, 8, 3)), "aten::constant_pad_nd"),
     "uneven and dilated": (Padded((0, 1, 0, 1), dilation=2), "aten::constant_pad_nd"),
-    "decoder": (Decoder(), "aten::conv_transpose2d"),
+    "decoder": (decoder(), "aten::conv_transpose2d"),
     "batch norm of a sum": (nn.Sequential(Two(), nn.BatchNorm2d(8)), "aten::batch_norm"),
     "shuffled": (Shuffled(), "aten::reshape"),
     "sum of groups": (nn.Sequential(nn.Conv2d(3, 8, 1), GroupedSum()), "aten::add"),
@@ -227,7 +98,7 @@ PARTLY: dict[str, tuple[nn.Module, str]] = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_stands_around_is_part_of_the_operator(name: str, tmp_path: Path) -> None:
     network, count = WHOLE[name]
-    called = _agrees(_with_statistics(network), tmp_path)
+    called = _agrees(with_statistics(network), tmp_path)
     assert called[FUSED] == count
     assert not called.keys() & (PLAIN | GONE)
 
@@ -235,13 +106,13 @@ def test_what_stands_around_is_part_of_the_operator(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", PARTLY)
 def test_what_cannot_be_part_of_it_stays(name: str, tmp_path: Path) -> None:
     network, stays = PARTLY[name]
-    called = _agrees(_with_statistics(network), tmp_path)
+    called = _agrees(with_statistics(network), tmp_path)
     assert called[FUSED]
     assert called[stays]
 
 
 def test_a_decomposed_program(tmp_path: Path) -> None:
-    network = _with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Block(8), nn.BatchNorm2d(8)))
+    network = with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Block(8), nn.BatchNorm2d(8)))
     dim = torch.export.Dim("batch", min=1, max=64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about itself
@@ -257,25 +128,11 @@ def test_random_networks(tmp_path: Path) -> None:
         torch.manual_seed(seed)
         chance = random.Random(seed)
         first = nn.Conv2d(3, 8, chance.choice((1, 2, 3)), padding=chance.randrange(2))
-        _agrees(_with_statistics(nn.Sequential(first, *(_random_layer(chance) for _ in range(6)))), tmp_path)
-
-
-def _random_layer(chance: random.Random) -> nn.Module:
-    match chance.randrange(8):
-        case 0:
-            return nn.Conv2d(8, 8, 3, 1, 1, groups=chance.choice((1, 8)), bias=chance.random() < 0.5)
-        case 1:
-            return nn.ZeroPad2d((chance.randrange(3), chance.randrange(3), 1, chance.randrange(3)))
-        case 2 | 3:
-            return Block(8, norm_first=chance.random() < 0.5)
-        case 4:
-            return nn.BatchNorm2d(8)
-        case other:
-            return (nn.ReLU(inplace=True), nn.SiLU(), nn.Hardswish())[other - 5]
+        _agrees(with_statistics(nn.Sequential(first, *(random_layer(chance) for _ in range(6)))), tmp_path)
 
 
 def test_a_fixed_batch(tmp_path: Path) -> None:
-    network, example = _with_statistics(Block(3)), torch.randn(3, 3, PIXELS, PIXELS)
+    network, example = with_statistics(Block(3)), torch.randn(3, 3, PIXELS, PIXELS)
     call = _form(models.export_module(tmp_path / "m.pt2", network, [example], batch=3), [example])
     with torch.inference_mode():
         torch.testing.assert_close(call(example)[0], network(example), rtol=0, atol=2e-5)
@@ -283,7 +140,7 @@ def test_a_fixed_batch(tmp_path: Path) -> None:
 
 def test_images_of_any_size_in_the_file(tmp_path: Path) -> None:
     """The file tells no shape of a row then; the resource does."""
-    network, x = _with_statistics(Block(3)), torch.randn(2, 3, PIXELS, PIXELS)
+    network, x = with_statistics(Block(3)), torch.randn(2, 3, PIXELS, PIXELS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about itself
         dims = {
@@ -335,22 +192,19 @@ def test_double_precision_is_not_covered(tmp_path: Path) -> None:
 @pytest.mark.parametrize("statistics", [torch.bfloat16, torch.float32])
 def test_half_precision(tmp_path: Path, statistics: torch.dtype) -> None:
     """Batch norms are often left in single precision."""
-    network = _with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Block(8), GroupedSum())).bfloat16()
+    network = with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Block(8), GroupedSum())).bfloat16()
     for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.to(statistics)
     x = torch.randn(3, 3, PIXELS, PIXELS).bfloat16()
     call = _form(models.export_module(tmp_path / "m.pt2", network, [x]), [x])
     with torch.inference_mode():
         exact = network.float()(x.float())
-        network.bfloat16()
         torch.testing.assert_close(call(x)[0].float(), exact, rtol=0, atol=0.02 * float(exact.abs().max()))
 
 
 def test_many_rows_in_many_threads(tmp_path: Path) -> None:
-    network = Late().eval()
-    call = _form(
-        models.export_module(tmp_path / "m.pt2", network, [torch.randn(2, 3, 8, 8)]), [torch.randn(2, 3, 8, 8)]
-    )
+    network, few = late_layers(), [torch.randn(2, 3, 8, 8)]
+    call = _form(models.export_module(tmp_path / "m.pt2", network, few), few)
 
     def agrees(rows: int) -> None:
         with torch.inference_mode():
@@ -364,7 +218,7 @@ def test_many_rows_in_many_threads(tmp_path: Path) -> None:
 def test_weights_are_never_laid_out_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Whatever the number of rows: during a call that takes many times as long as the layer."""
     few = [torch.randn(2, 3, 8, 8)]
-    call = _form(models.export_module(tmp_path / "m.pt2", Late().eval(), few), few)
+    call = _form(models.export_module(tmp_path / "m.pt2", late_layers(), few), few)
     with torch.inference_mode():
         for rows in (*range(1, 20), 33, 64, 130):
             x = torch.randn(rows, 3, 8, 8)
@@ -374,19 +228,6 @@ def test_weights_are_never_laid_out_anew(tmp_path: Path, capfd: pytest.CaptureFi
     lines = [line for line in capfd.readouterr().out.splitlines() if ",exec," in line]
     assert len([line for line in lines if ",convolution," in line]) == 22 * 6
     assert [line for line in lines if ",reorder," in line] == []
-
-
-def _with_statistics(network: nn.Module) -> nn.Module:
-    """In evaluation mode, with batch norms that have seen something."""
-    torch.manual_seed(3)
-    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
-        if norm.running_mean is not None and norm.running_var is not None:
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.5, 2.0)
-        if norm.affine:
-            nn.init.normal_(norm.weight, 1.0, 0.2)
-            nn.init.normal_(norm.bias)
-    return network.eval()
 
 
 def _form(path: Path, few: Sequence[torch.Tensor] = ()) -> Call:

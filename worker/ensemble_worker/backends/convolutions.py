@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from ensemble_worker.backends.graphs import held_tensor
 from ensemble_worker.backends.loaded import Call
 from ensemble_worker.backends.packing import Weights, WithWeights
 from ensemble_worker.backends.scripting import scripted
@@ -177,7 +178,7 @@ def _held(module: fx.GraphModule, name: str, tensor: torch.Tensor, before: fx.No
 def _found(module: fx.GraphModule, node: fx.Node, values: Values, sample_rows: int) -> _Convolution | None:
     """A convolution with what stands around it; None if it is of another kind, or its weights are not the model's."""
     given = _arguments(node)
-    images, weight, bias = given["input"], _own(module, given["weight"]), _own(module, given["bias"])
+    images, weight, bias = given["input"], held_tensor(module, given["weight"]), held_tensor(module, given["bias"])
     if weight is None or weight.dim() != 4 or weight.dtype not in DTYPES or (bias is None) != (given["bias"] is None):
         return None
     shape = values[images][0]
@@ -226,7 +227,7 @@ def _take_batch_norm(one: _Convolution, module: fx.GraphModule) -> None:
         return
     given = _arguments(node)
     names = ("running_mean", "running_var", "weight", "bias")
-    mean, variance, scale, shift = (_own(module, given[name]) for name in names)
+    mean, variance, scale, shift = (held_tensor(module, given[name]) for name in names)
     last: fx.Node | None = node
     if node.target is not aten.batch_norm.default:
         # It also gives what training saves.
@@ -301,13 +302,3 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     schema = target._schema.arguments
     given = {**dict(zip((argument.name for argument in schema), node.args, strict=False)), **node.kwargs}
     return {argument.name: given.get(argument.name, argument.default_value) for argument in schema}
-
-
-def _own(module: fx.GraphModule, node: Any) -> torch.Tensor | None:
-    """A tensor of the model's own."""
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    found: Any = module
-    for name in str(node.target).split("."):
-        found = getattr(found, name)
-    return found.detach() if isinstance(found, torch.Tensor) else None

@@ -34,37 +34,40 @@ class Weights:
     groups: int
     shape: torch.Size
     sample_rows: int
-    _packed: dict[bytes, torch.Tensor] = field(default_factory=dict)
+    _of_layout: dict[bytes, torch.Tensor] = field(default_factory=dict)
+    _of_rows: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def packed(self, rows: int) -> torch.Tensor:
         """The weights for so many rows: the same tensor where the layout is the same."""
-        shape = [self.shape[0] * rows // self.sample_rows, *self.shape[1:]]
-        packed = mkldnn._reorder_convolution_weight(
-            self.plain, self.padding, self.stride, self.dilation, self.groups, shape
-        )
-        layout = mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
-        return self._packed.setdefault(layout, packed)
+        known = self._of_rows.get(rows)
+        if known is None:
+            known = self._of_rows[rows] = self._pack(rows)
+        return known
 
     def change(self) -> bool:
         """Whether other numbers of rows want other layouts."""
         return len({id(self.packed(rows)) for rows in PROBED_ROWS}) > 1
 
+    def _pack(self, rows: int) -> torch.Tensor:
+        shape = [self.shape[0] * rows // self.sample_rows, *self.shape[1:]]
+        packed = mkldnn._reorder_convolution_weight(
+            self.plain, self.padding, self.stride, self.dilation, self.groups, shape
+        )
+        layout = mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
+        return self._of_layout.setdefault(layout, packed)
+
 
 class WithWeights:
     """A module that takes, after its inputs, the weights that change with the number of rows.
 
-    They are packed before it serves for some numbers of rows, and for any other when it comes up, in some milliseconds.
+    For some numbers of rows they are packed before it serves, for any other when it comes up, in some milliseconds.
     """
 
     def __init__(self, module: Call, weights: Sequence[Weights]) -> None:
         self._module = module
         self._weights = weights
-        self._known = {rows: [one.packed(rows) for one in weights] for rows in PROBED_ROWS}
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """What the module gives for these inputs."""
         rows = min(len(inputs[0]), PROBED_ROWS[-1])
-        packed = self._known.get(rows)
-        if packed is None:
-            packed = self._known[rows] = [one.packed(rows) for one in self._weights]
-        return self._module(*inputs, *packed)
+        return self._module(*inputs, *[one.packed(rows) for one in self._weights])

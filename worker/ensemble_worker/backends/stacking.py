@@ -15,6 +15,7 @@ from enum import Enum
 import torch
 from torch import fx
 
+from ensemble_worker.backends.graphs import held_tensor
 from ensemble_worker.backends.scripting import scripted
 
 aten = torch.ops.aten
@@ -132,7 +133,7 @@ class _Stacking:
                 self._made.output(tuple(self._stacked_value(value) for value in node.args[0]))
         if self._roles.keys() != held.keys():
             raise _NotStackable
-        tensors = tuple(self._tensor(str(node.target)) for node in held)
+        tensors = tuple(self._tensor(node) for node in held)
         if sum(tensor.nbytes for tensor in tensors) > MAX_BYTES:
             raise _NotStackable
         shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
@@ -143,14 +144,12 @@ class _Stacking:
             self._made,
         )
 
-    def _tensor(self, target: str) -> torch.Tensor:
-        """What a graph refers to by a path of attributes; a parameter in a graph that torch has read."""
-        found: object = self._module
-        for name in target.split("."):
-            found = getattr(found, name)
-        if not isinstance(found, torch.Tensor):
+    def _tensor(self, node: fx.Node) -> torch.Tensor:
+        """A tensor of the network's own. Raises _NotStackable if the node stands for none."""
+        found = held_tensor(self._module, node)
+        if found is None:
             raise _NotStackable
-        return found.detach()
+        return found
 
     def _call(self, node: fx.Node, held: dict[fx.Node, None]) -> fx.Node:
         if any(given in held for given in node.all_input_nodes):
@@ -177,7 +176,7 @@ class _Stacking:
         rows, weight, bias = (*node.args, None)[:3]
         if not (isinstance(rows, fx.Node) and isinstance(weight, fx.Node)) or rows in self._roles:
             raise _NotStackable
-        narrow = weight.op == "get_attr" and len(self._tensor(str(weight.target))) < NARROW
+        narrow = weight.op == "get_attr" and len(self._tensor(weight)) < NARROW
         self._give(weight, Role.NARROW_WEIGHT if narrow else Role.WEIGHT, 2)
         if bias is not None:
             self._give(bias, Role.NARROW_BIAS if narrow else Role.BIAS, 1)
@@ -201,7 +200,7 @@ class _Stacking:
         """Raises _NotStackable for what is no such tensor of the network's own, or has another role already."""
         if not isinstance(node, fx.Node) or node.op != "get_attr" or self._roles.setdefault(node, role) is not role:
             raise _NotStackable
-        if self._tensor(str(node.target)).dim() != dimensions:
+        if self._tensor(node).dim() != dimensions:
             raise _NotStackable
 
     def _stacked_value(self, node: object) -> fx.Node:
