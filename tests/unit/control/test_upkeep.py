@@ -6,9 +6,19 @@ from typing import Any
 
 import pytest
 
+from ensemble_contract.keys import OWN_PUBLIC, OWN_SECRET, PEER_PUBLIC
 from ensemble_operator.control.conditions import NameTaken, NotServed
 from ensemble_operator.control.errors import Conflict, NotFound
-from ensemble_operator.control.kinds import CLAIM_TEMPLATE, SERVICE, SERVICE_ACCOUNT, STATEFUL_SET, Key, Manifest
+from ensemble_operator.control.keyring import contents_of
+from ensemble_operator.control.kinds import (
+    CLAIM_TEMPLATE,
+    SECRET,
+    SERVICE,
+    SERVICE_ACCOUNT,
+    STATEFUL_SET,
+    Key,
+    Manifest,
+)
 from ensemble_operator.control.upkeep import LONGEST_AGE_S, SECRET_AGE_S, Upkeep
 from ensemble_operator.manifests.contents import service_account
 from tests.unit.control.ensembles import ensemble
@@ -124,3 +134,19 @@ async def test_secrets_of_a_former_ensemble_of_the_name_are_made_anew() -> None:
     first = await Upkeep(world).keyring(KEY, TINY, "former")
     assert (await Upkeep(world).keyring(KEY, TINY, "mine")).token != first.token
     assert sorted(cluster.deleted) == [("Secret", "tiny-gateway"), ("Secret", "tiny-worker")]
+
+
+@pytest.mark.parametrize(("there", "missing"), [("worker", "gateway"), ("gateway", "worker")])
+async def test_a_secret_alone_keeps_its_keys_and_learns_those_of_the_other(there: str, missing: str) -> None:
+    world, cluster = world_of()
+    first = await Upkeep(world).keyring(KEY, TINY, "mine")
+    del cluster.objects[SECRET, f"tiny-{missing}"]
+    after = await Upkeep(world).keyring(KEY, TINY, "mine")
+    assert cluster.deleted == [("Secret", f"tiny-{there}")]
+    before, kept, made = getattr(first, there), getattr(after, there), getattr(after, missing)
+    assert (kept[OWN_PUBLIC], kept[OWN_SECRET]) == (before[OWN_PUBLIC], before[OWN_SECRET])
+    assert kept[PEER_PUBLIC] == made[OWN_PUBLIC] != before[PEER_PUBLIC]
+    assert made[PEER_PUBLIC] == kept[OWN_PUBLIC]
+    assert after.token == first.token
+    held = {part: contents_of(cluster.objects[SECRET, f"tiny-{part}"]) for part in ("worker", "gateway")}
+    assert held == {"worker": after.worker, "gateway": after.gateway}
