@@ -93,8 +93,12 @@ def test_a_worker_that_sees_no_gpu_says_so_and_what_to_do(ensemble: Ensemble) ->
         assert remedy in message, message
     assert said(ensemble, "Ready")["status"] == "False"
     assert "| DevicesAcquired | NoDeviceVisible |" in (ROOT / "docs/troubleshooting.md").read_text()
-    described = ensemble.cluster.kubectl("describe", "ie", ensemble.name, "-n", ensemble.namespace)
-    assert "NoDeviceVisible" in described.partition("Events:")[2], described
+
+    def told() -> bool:
+        described = ensemble.cluster.kubectl("describe", "ie", ensemble.name, "-n", ensemble.namespace)
+        return "NoDeviceVisible" in described.partition("Events:")[2]
+
+    until(told, SAID_S, "an event that tells it", ensemble.explanation)
 
 
 def test_a_pod_has_one_gpu(ensemble: Ensemble, node: tuple[str, int]) -> None:

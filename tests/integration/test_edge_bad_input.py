@@ -123,7 +123,7 @@ async def test_bad_input(edge: LocalGateway, client: Client, what: str) -> None:
 
 async def test_a_full_store_refuses_and_says_when_to_come_back(workers: Workers) -> None:
     """A member that no worker has keeps every row until its deadline."""
-    plan = workers.plan(*TIMES, max_queue_bytes=100 * (32 + 4 * 32), timeout_s=0.6)
+    plan = workers.plan(*TIMES, max_queue_bytes=100 * (32 + 4 * 32), timeout_s=2.0)
     plan = msgspec.structs.replace(plan, members=(*plan.members, ServedMember("absent", "no digest")))
     async with serving(plan, wait=False) as local:
         first, second, third = [await local.connect() for _ in range(3)]

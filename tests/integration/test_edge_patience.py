@@ -47,13 +47,15 @@ async def test_trickling_does_not_help(hasty: LocalGateway) -> None:
             assert (await answer).status == 408
 
 
-async def test_a_slow_body_within_the_limits_arrives(hasty: LocalGateway) -> None:
+async def test_a_slow_body_within_the_limits_arrives(workers: Workers) -> None:
+    """It takes longer than a request may stall, and arrives faster than the slowest rate."""
     x = rows(20_000)
     request = infer(x)
-    async with await hasty.connect() as client:
+    limits = Limits(stall_s=1.0, slowest_bytes_per_s=len(request) / 4)
+    async with serving(workers.plan(*TIMES), limits) as local, await local.connect() as client:
         for at in range(0, len(request), len(request) // 8 + 1):
             client.send(request[at : at + len(request) // 8 + 1])
-            await asyncio.sleep(0.08)
+            await asyncio.sleep(0.2)
         np.testing.assert_allclose((await client.reply()).y(), 2 * x, rtol=1e-5)
 
 

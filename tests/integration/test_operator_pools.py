@@ -62,7 +62,7 @@ async def test_two_that_each_hold_half_do_not_wait_for_ever(
     control_plane: ControlPlane, namespace: str, files: dict[str, Path]
 ) -> None:
     """One device each and no plan on it: both give back, one comes first and serves, then the other."""
-    timeout_s = 10.0
+    timeout_s = 30.0
     early, late = two_that_differ(namespace, timeout_s)
     # The two members do not fit on one device, and the node has cores for two devices and the gateways.
     members = [large(name, files[name], 2 << 30) for name in "ab"]

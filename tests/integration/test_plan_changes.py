@@ -241,7 +241,7 @@ async def test_with_hold_requests_wait_for_the_members_to_come(fleet: Fleet) -> 
         assert gateway.pipeline.plan == held
         assert gateway.ready
         waiting.send(infer(ONES))
-        reply = await hurried.ask(infer(ONES, parameters={"timeout": 300_000}))
+        reply = await hurried.ask(infer(ONES, parameters={"timeout": 1_000_000}))
         np.testing.assert_allclose(reply.y(), 2 * ONES)
         assert b'"members_missing":"a"' in reply.body
         assert gateway.pipeline.in_flight == 1, "the other waits on"

@@ -255,12 +255,14 @@ def test_missing_and_wrong_files_are_refused(tmp_path: Path, suffix: str) -> Non
         _load(text, X64, Y10)
 
 
-def _fastest_s(act: Callable[[], object], runs: int = 3000) -> float:
-    best = float("inf")
+def _fastest_s(*acts: Callable[[], object], runs: int = 3000) -> list[float]:
+    """The shortest time of each; in turns, so that a busy moment is one for all of them."""
+    best = [float("inf")] * len(acts)
     for _ in range(runs):
-        started = time.perf_counter()
-        act()
-        best = min(best, time.perf_counter() - started)
+        for index, act in enumerate(acts):
+            started = time.perf_counter()
+            act()
+            best[index] = min(best[index], time.perf_counter() - started)
     return best
 
 
@@ -271,8 +273,8 @@ def test_little_is_done_around_the_model(tmp_path: Path) -> None:
     frozen = torch.jit.freeze(torch.jit.script(models.make_mlp(seed=3)))
     tensor = torch.zeros(1, 64)
     with torch.inference_mode():
-        model_s = _fastest_s(lambda: torch.softmax(frozen(tensor), -1))
-    assert _fastest_s(lambda: loaded.run(rows)) - model_s < 30e-6
+        model_s, all_s = _fastest_s(lambda: torch.softmax(frozen(tensor), -1), lambda: loaded.run(rows))
+    assert all_s - model_s < 30e-6
 
 
 def test_the_thread_that_loads_and_runs_a_model_computes_as_before(tmp_path: Path) -> None:

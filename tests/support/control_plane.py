@@ -181,7 +181,8 @@ class ControlPlane:
     ) -> Path:
         """A kubeconfig of the service account `name` of a namespace, made with exactly these RBAC rules.
 
-        They hold in the whole cluster, or (`narrow`) in that namespace. A second call replaces the rules.
+        They hold in the whole cluster, or (`narrow`) in that namespace, when this returns. A second call replaces them,
+        which the API server heeds a moment later.
         """
         self._make(f"/api/v1/namespaces/{namespace}/serviceaccounts", {"metadata": {"name": name}})
         rbac = "/apis/rbac.authorization.k8s.io/v1" + (f"/namespaces/{namespace}" if narrow else "")
@@ -193,12 +194,32 @@ class ControlPlane:
         if not self._make(f"{rbac}/{plural}", role):
             self.ask("PATCH", f"{rbac}/{plural}/{unique}", role, "application/merge-patch+json")
         binding = {"metadata": {"name": unique}, "roleRef": reference, "subjects": [subject]}
-        self._make(f"{rbac}/{kind.lower()}bindings", binding)
+        is_new = self._make(f"{rbac}/{kind.lower()}bindings", binding)
         path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token"
         token = self.ask("POST", path, {"spec": {"expirationSeconds": 7200}})["status"]["token"]
+        if is_new and rules:
+            self._wait_permitted(rules[0], namespace, token)
         file = self.folder / f"{namespace}-{name}.kubeconfig"
         self._write_kubeconfig(file, token, namespace)
         return file
+
+    def _wait_permitted(self, rule: Mapping[str, Any], namespace: str, token: str) -> None:
+        """Wait until the API server lets the token do what a rule says: it reads roles from its own watch."""
+        resource, _, subresource = rule["resources"][0].partition("/")
+        attributes = {
+            "namespace": namespace,
+            "verb": rule["verbs"][0],
+            "group": rule["apiGroups"][0],
+            "resource": resource,
+            "subresource": subresource,
+            "name": next(iter(rule.get("resourceNames", ())), ""),
+        }
+        review = {"spec": {"resourceAttributes": attributes}}
+        deadline = time.monotonic() + START_S
+        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        while not self.ask("POST", path, review, token=token)["status"]["allowed"]:
+            assert time.monotonic() < deadline, f"not permitted: {attributes}"
+            time.sleep(0.01)
 
     def install_crds(self) -> None:
         """Apply what `crds/` holds, and wait until the API server serves it."""
