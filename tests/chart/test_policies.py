@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.chart.helm import CHART, Helm, tool
 from tests.support.control_plane import ControlPlane, Refused
+from tests.support.kubeconfigs import token_of
 
 ENSEMBLES = "/apis/ensemble-operator.io/v1alpha1/namespaces/{}/inferenceensembles"
 MERGE = "application/merge-patch+json"
@@ -61,7 +60,6 @@ def served(control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory
     helm.run("install", "policies", CHART, "--namespace", namespace, *only)
     person = as_user(control_plane, namespace, EDITOR)
     deadline = time.monotonic() + IN_FORCE_S
-    # Before it the role is, which hinders an editor as well.
     while "create pods" not in person(ensemble(**RUNTIME)):
         assert time.monotonic() < deadline, "the policy is not in force"
         time.sleep(0.2)
@@ -73,8 +71,7 @@ def as_user(
     plane: ControlPlane, namespace: str, user: tuple[str, list[dict[str, Any]]], dry_run: bool = True
 ) -> Callable[..., str]:
     """A function that sends an ensemble as this user: what the API server says against it, empty if it is taken."""
-    config = yaml.safe_load(Path(plane.kubeconfig_for(*user, namespace=namespace, narrow=True)).read_text())
-    token = config["users"][0]["user"]["token"]
+    token = token_of(plane.kubeconfig_for(*user, namespace=namespace, narrow=True))
     query = "?fieldValidation=Strict" + ("&dryRun=All" if dry_run else "")
 
     def send(document: dict[str, Any], method: str = "POST", name: str = "", kind: str = "application/json") -> str:

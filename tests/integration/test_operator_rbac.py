@@ -26,6 +26,7 @@ from tests.support.operating import Operating, member, operating, resource
 
 # How long the API server takes to notice that a role has changed.
 NOTICED_S = 60.0
+PATCH_DEPLOYMENTS: Rule = {"apiGroups": ["apps"], "resources": ["deployments"], "verbs": ["patch"]}
 IMAGES = ChildSettings(worker_image="worker:test", gateway_image="gateway:test")
 
 pytestmark = pytest.mark.timeout(300)
@@ -136,24 +137,9 @@ async def test_a_reconcile_without_a_rule_says_so_and_goes_on_with_it(
         told = await world.until_told("tiny", "Degraded")
         assert [reason for reason, note in told if wanted in note] == ["Degraded"]
         role(granted)
-        await until_allowed(kubeconfig, namespace)
+        await asyncio.to_thread(control_plane.wait_permitted, kubeconfig, PATCH_DEPLOYMENTS, namespace)
         await world.apply({**resource("tiny", [a]), "metadata": {"name": "tiny", "annotations": {"again": "1"}}})
         await world.until_ready("tiny")
-
-
-async def until_allowed(kubeconfig: Path, namespace: str) -> None:
-    """Wait until the API server has noticed that whose kubeconfig this is may patch Deployments."""
-    attributes = {"namespace": namespace, "verb": "patch", "group": "apps", "resource": "deployments"}
-    review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
-    deadline = time.monotonic() + NOTICED_S
-    async with KubeClient(kubeconfig) as kube:
-        while True:
-            path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-            found = await kube.ask("POST", path, {**review, "spec": {"resourceAttributes": attributes}})
-            if found["status"]["allowed"]:
-                return
-            assert time.monotonic() < deadline, found
-            await asyncio.sleep(0.05)
 
 
 def condition(status: Mapping[str, Any], type_: str) -> dict[str, Any]:

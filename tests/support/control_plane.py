@@ -33,6 +33,7 @@ import pytest
 import yaml
 
 from tests.support.components import CONTROLLERS, Component, dies_with_us, free_ports, tails, write_signing_key
+from tests.support.kubeconfigs import token_of, write_kubeconfig
 
 ASSETS = "KUBEBUILDER_ASSETS"
 START_S = 90.0
@@ -82,7 +83,7 @@ class ControlPlane:
         self._run("etcd", *self._etcd_flags())
         self._run("kube-apiserver", *self._api_server_flags())
         self.wait_ready()
-        self._write_kubeconfig(self.kubeconfig, self.token)
+        write_kubeconfig(self.kubeconfig, self.url, self.authority, self.token)
         self.install_crds()
 
     def end(self) -> None:
@@ -182,7 +183,7 @@ class ControlPlane:
         """A kubeconfig of the service account `name` of a namespace, made with exactly these RBAC rules.
 
         They hold in the whole cluster, or (`narrow`) in that namespace, when this returns. A second call replaces them,
-        which the API server heeds a moment later.
+        which the API server learns a moment later: see `wait_permitted`.
         """
         self._make(f"/api/v1/namespaces/{namespace}/serviceaccounts", {"metadata": {"name": name}})
         rbac = "/apis/rbac.authorization.k8s.io/v1" + (f"/namespaces/{namespace}" if narrow else "")
@@ -197,14 +198,14 @@ class ControlPlane:
         is_new = self._make(f"{rbac}/{kind.lower()}bindings", binding)
         path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token"
         token = self.ask("POST", path, {"spec": {"expirationSeconds": 7200}})["status"]["token"]
-        if is_new and rules:
-            self._wait_permitted(rules[0], namespace, token)
         file = self.folder / f"{namespace}-{name}.kubeconfig"
-        self._write_kubeconfig(file, token, namespace)
+        write_kubeconfig(file, self.url, self.authority, token, namespace)
+        if is_new and rules:
+            self.wait_permitted(file, rules[0], namespace)
         return file
 
-    def _wait_permitted(self, rule: Mapping[str, Any], namespace: str, token: str) -> None:
-        """Wait until the API server lets the token do what a rule says: it reads roles from its own watch."""
+    def wait_permitted(self, kubeconfig: Path, rule: Mapping[str, Any], namespace: str) -> None:
+        """Wait until who has the kubeconfig may do what a rule says: the API server learns of roles by a watch."""
         resource, _, subresource = rule["resources"][0].partition("/")
         attributes = {
             "namespace": namespace,
@@ -217,7 +218,7 @@ class ControlPlane:
         review = {"spec": {"resourceAttributes": attributes}}
         deadline = time.monotonic() + START_S
         path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-        while not self.ask("POST", path, review, token=token)["status"]["allowed"]:
+        while not self.ask("POST", path, review, token=token_of(kubeconfig))["status"]["allowed"]:
             assert time.monotonic() < deadline, f"not permitted: {attributes}"
             time.sleep(0.01)
 
@@ -312,25 +313,6 @@ class ControlPlane:
             f"--service-account-signing-key-file={key}",
             "--service-cluster-ip-range=10.96.0.0/16",
         ]
-
-    def _write_kubeconfig(self, file: Path, token: str, namespace: str = "default") -> None:
-        authority = base64.b64encode(self.authority.read_bytes()).decode()
-        context = {"cluster": "test", "user": "user", "namespace": namespace}
-        file.write_text(
-            json.dumps(
-                {
-                    "apiVersion": "v1",
-                    "kind": "Config",
-                    "current-context": "test",
-                    "clusters": [
-                        {"name": "test", "cluster": {"server": self.url, "certificate-authority-data": authority}}
-                    ],
-                    "users": [{"name": "user", "user": {"token": token}}],
-                    "contexts": [{"name": "test", "context": context}],
-                }
-            )
-        )
-        file.chmod(0o600)
 
 
 _PLANE = pytest.StashKey[ControlPlane]()
