@@ -124,9 +124,10 @@ def test_an_alarm_rings_once_and_never_too_early(loop: Callable[[], asyncio.Abst
     assert rings[0] >= after_s - ROUNDING_S
 
 
-def test_an_alarm_rings_at_the_earliest_of_its_times() -> None:
+@pytest.mark.parametrize("until_s", [0.09, 1.0])
+def test_an_alarm_rings_at_the_earliest_of_its_times_and_no_more(until_s: float) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        rings = runner.run(rung(0.2, 0.02, 0.1, until_s=0.09))
+        rings = runner.run(rung(0.2, 0.02, 0.1, until_s=until_s))
     assert len(rings) == 1
     assert rings[0] >= 0.02 - ROUNDING_S
 
